@@ -69,6 +69,11 @@ class VisionConfig:
         """Patches along one side of a tile."""
         return self.image_size // self.patch_size
 
+    @property
+    def tokens(self) -> int:
+        """Features of one crop: its patches, and CLIP's class token where it is kept."""
+        return self.grid**2 + (self.kind == "clip" and not self.drop_cls)
+
 
 @dataclass(frozen=True)
 class MediaConfig:
