@@ -1,0 +1,155 @@
+"""Pictures and frames to crops, uint8 throughout, by Pillow: the resizing the models were trained on.
+
+plain    frames, LLaVA-1.5          one crop: centre crop (CLIP) or squashed (SigLIP)
+pad      LLaVA-1.5, several at once one crop: padded to a square first
+anyres   NeXT, OneVision, LongVA    the whole picture squashed, then tiles of its best-fitting canvas
+"""
+
+import math
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..config import MediaConfig
+from ..errors import MediaError
+
+BICUBIC = Image.Resampling.BICUBIC
+MAX_SIDE = 65535  # what JPEG can hold; longer sides are mistakes or attacks
+EXACT_SIDE = 8192  # intermediate pictures longer than this are avoided, at a grey level's cost
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What packing must know of a picture: its size in pixels and its tiles, 0 x 0 of them if plain."""
+
+    height: int
+    width: int
+    rows: int = 0
+    cols: int = 0
+
+    @property
+    def crops(self) -> int:
+        """The whole picture and its tiles."""
+        return 1 + self.rows * self.cols
+
+
+def open_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
+    """RGB picture, first frame, turned as its EXIF says; 16-bit greys are scaled down, alpha dropped.
+
+    Raises MediaError for whatever is no readable picture: missing, a folder, text, cut short,
+    empty, or larger than Pillow's decompression-bomb limit.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _rgb(source, "the picture")
+        if not Path(source).is_file():
+            raise MediaError(f"{source} is not a file: give the path of a picture")
+        with Image.open(source) as image:
+            return _rgb(image, str(source))
+    except MediaError:
+        raise
+    except Exception as e:  # Pillow's decoders raise anything, from SyntaxError to struct.error
+        name = "the picture" if isinstance(source, Image.Image) else repr(source)
+        raise MediaError(
+            f"{name} cannot be read as a picture ({e}): try to open it in a viewer, save it again"
+        ) from None
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if not (0 < image.width <= MAX_SIDE and 0 < image.height <= MAX_SIDE):
+        raise MediaError(
+            f"{name} is {image.width} x {image.height} pixels: sides of 1 to {MAX_SIDE} are supported"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip nearly all of it to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def fit_frame(frame: np.ndarray, media: MediaConfig) -> np.ndarray:
+    """The plain processor: uint8 [h, w, 3] -> uint8 [S, S, 3]."""
+    return np.array(_fit(Image.fromarray(frame), media))
+
+
+def crops(image: Image.Image, media: MediaConfig, alone: bool) -> tuple[np.ndarray, Geometry]:
+    """uint8 [n, S, S, 3] and what packing needs; the whole picture first, then tiles row by row.
+
+    `alone` is False when the prompt holds several pictures (OneVision pads those to squares).
+    """
+    geometry = Geometry(image.height, image.width)
+    if media.image == "pad" or (media.several == "pad" and not alone):
+        return np.stack([_fit(_square(image, media), media)]), geometry
+    if media.image != "anyres":
+        return np.stack([_fit(image, media)]), geometry
+    size = media.size
+    height, width = best_canvas(image.height, image.width, media.pinpoints)
+    rows, cols = height // size, width // size
+    canvas = np.asarray(_letterbox(image, height, width))[: rows * size, : cols * size]
+    tiles = canvas.reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    whole = np.asarray(image.resize((size, size), BICUBIC))
+    return np.concatenate([whole[None], tiles]), Geometry(image.height, image.width, rows, cols)
+
+
+def best_canvas(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The (height, width) that keeps most of the picture's pixels, then wastes least, then is first.
+
+    LLaVA-NeXT: mm_utils.py, select_best_resolution.
+    """
+
+    def rank(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[1] / width, canvas[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - canvas[0] * canvas[1]
+
+    return max(pinpoints, key=rank)
+
+
+def normalise(
+    crops: Tensor, media: MediaConfig, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """uint8 [n, S, S, 3] -> [n, 3, S, S] in `dtype` on `device`; the arithmetic is fp32."""
+    mean = torch.tensor(media.mean, device=device)
+    std = torch.tensor(media.std, device=device)
+    return ((crops.to(device).float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
+
+
+def _fit(image: Image.Image, media: MediaConfig) -> Image.Image:
+    """One crop of side S: squashed, or the shorter side to S and the middle of the longer one."""
+    size, (w, h) = media.size, image.size
+    if media.resize == "squash":
+        return image.resize((size, size), BICUBIC)
+    wide, high = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    left, top = (wide - size) // 2, (high - size) // 2
+    box = (left, top, left + size, top + size)
+    if max(wide, high) <= EXACT_SIDE:
+        return image.resize((wide, high), BICUBIC).crop(box)
+    x, y = w / wide, h / high
+    return image.resize((size, size), BICUBIC, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+
+
+def _square(image: Image.Image, media: MediaConfig) -> Image.Image:
+    """The picture in the middle of a square of the mean colour (LLaVA: expand2square)."""
+    if max(image.size) > EXACT_SIDE:
+        image = ImageOps.contain(image, (EXACT_SIDE, EXACT_SIDE), BICUBIC)
+    side, (w, h) = max(image.size), image.size
+    colour = tuple(int(m * 255) for m in media.mean)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - w) // 2, (side - h) // 2))
+    return square
+
+
+def _letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The picture as large as fits, in the middle of a black canvas (LLaVA: resize_and_pad_image)."""
+    x, y = width / image.width, height / image.height
+    if x < y:
+        w, h = width, min(math.ceil(image.height * x), height)
+    else:
+        w, h = min(math.ceil(image.width * y), width), height
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize((w, h), BICUBIC), ((width - w) // 2, (height - h) // 2))
+    return canvas
