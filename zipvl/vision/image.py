@@ -1,8 +1,8 @@
-"""Pictures and frames to crops, uint8 throughout, by Pillow: the resizing the models were trained on.
+"""Pictures and frames to crops, uint8 throughout, by Pillow as the models' own training did it.
 
-plain    frames, LLaVA-1.5          one crop: centre crop (CLIP) or squashed (SigLIP)
-pad      LLaVA-1.5, several at once one crop: padded to a square first
-anyres   NeXT, OneVision, LongVA    the whole picture squashed, then tiles of its best-fitting canvas
+plain   frames, LLaVA-1.5           one crop: centre crop (CLIP) or squashed (SigLIP)
+pad     LLaVA-1.5, several at once  one crop: padded to a square first
+anyres  NeXT, OneVision, LongVA     the whole picture squashed, then the tiles of a canvas it fits
 """
 
 import math
@@ -25,7 +25,7 @@ EXACT_SIDE = 8192  # intermediate pictures longer than this are avoided, at a gr
 
 @dataclass(frozen=True)
 class Geometry:
-    """What packing must know of a picture: its size in pixels and its tiles, 0 x 0 of them if plain."""
+    """What packing must know of a picture: its size in pixels and its tiles, 0 x 0 if plain."""
 
     height: int
     width: int
@@ -39,7 +39,7 @@ class Geometry:
 
 
 def open_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
-    """RGB picture, first frame, turned as its EXIF says; 16-bit greys are scaled down, alpha dropped.
+    """RGB picture, first frame, turned as its EXIF says, alpha dropped, 16-bit greys scaled.
 
     Raises MediaError for whatever is no readable picture: missing, a folder, text, cut short,
     empty, or larger than Pillow's decompression-bomb limit.
@@ -63,7 +63,8 @@ def open_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     if not (0 < image.width <= MAX_SIDE and 0 < image.height <= MAX_SIDE):
         raise MediaError(
-            f"{name} is {image.width} x {image.height} pixels: sides of 1 to {MAX_SIDE} are supported"
+            f"{name} is {image.width} x {image.height} pixels: "
+            f"sides of 1 to {MAX_SIDE} are supported"
         )
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # convert() would clip nearly all of it to white
@@ -83,9 +84,9 @@ def crops(image: Image.Image, media: MediaConfig, alone: bool) -> tuple[np.ndarr
     """
     geometry = Geometry(image.height, image.width)
     if media.image == "pad" or (media.several == "pad" and not alone):
-        return np.stack([_fit(_square(image, media), media)]), geometry
+        return np.array(_fit(_square(image, media), media))[None], geometry
     if media.image != "anyres":
-        return np.stack([_fit(image, media)]), geometry
+        return np.array(_fit(image, media))[None], geometry
     size = media.size
     height, width = best_canvas(image.height, image.width, media.pinpoints)
     rows, cols = height // size, width // size
@@ -96,7 +97,7 @@ def crops(image: Image.Image, media: MediaConfig, alone: bool) -> tuple[np.ndarr
 
 
 def best_canvas(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The (height, width) that keeps most of the picture's pixels, then wastes least, then is first.
+    """(height, width) that keeps most of the picture's pixels, then wastes least, then is first.
 
     LLaVA-NeXT: mm_utils.py, select_best_resolution.
     """
@@ -144,7 +145,7 @@ def _square(image: Image.Image, media: MediaConfig) -> Image.Image:
 
 
 def _letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The picture as large as fits, in the middle of a black canvas (LLaVA: resize_and_pad_image)."""
+    """The picture as large as fits, in the middle of black (LLaVA: resize_and_pad_image)."""
     x, y = width / image.width, height / image.height
     if x < y:
         w, h = width, min(math.ceil(image.height * x), height)

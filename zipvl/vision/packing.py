@@ -121,7 +121,7 @@ def _unpad(merged: Tensor, geometry: Geometry, rounded: bool) -> Tensor:
 
 
 def _reduce(merged: Tensor, max_tiles: int | None, grid: int) -> Tensor:
-    """OneVision: [C, H, W] shrunk to about `max_tiles` tiles of tokens, if it is well above that."""
+    """OneVision: [C, H, W] shrunk to about `max_tiles` tiles of tokens if well above that."""
     high, wide = merged.shape[1:]
     ratio = math.sqrt(high * wide / (max_tiles * grid**2)) if max_tiles else 1.0
     if ratio <= 1.1:
