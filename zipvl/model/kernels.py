@@ -1,0 +1,165 @@
+"""The one door to attention kernels: packed sequences in, packed outputs out, on any device.
+
+    attend(q, k, v, q_spans, k_spans)     q [rows, H, D]    k, v [slots, G, D]    ->    [rows, H, D]
+
+Sequence b owns rows `q_spans[b]` and slots `k_spans[b]`. Causal, aligned at the end ("lower right"):
+its last row sees all its slots, the row before sees one less. One row per sequence is decoding, as
+many rows as slots is prefill. The G key/value heads are never repeated to H.
+"""
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UsageError
+
+
+class Spans:
+    """Where each sequence of a packed batch lies: start and length, as ints and as device tensors."""
+
+    def __init__(self, lengths: list[int], device: torch.device | str, room: int = 0):
+        """`room` leaves that many unused places after each sequence."""
+        self.lengths = list(lengths)
+        self.room = room
+        ends = torch.tensor([0, *(n + room for n in lengths)]).cumsum(0)
+        self.starts: list[int] = ends[:-1].tolist()
+        self.total = int(ends[-1])
+        self.edges = ends.to(device, torch.int32)  # [B + 1]
+        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=device)  # [B]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def slices(self) -> list[slice]:
+        return [slice(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
+
+    def grow(self) -> None:
+        """Every sequence takes one more of its places."""
+        self.lengths = [n + 1 for n in self.lengths]
+        self.used += 1
+
+    def shrink(self, lengths: list[int]) -> None:
+        self.lengths = list(lengths)
+        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=self.used.device)
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Spans, Spans], Tensor]
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, a call per sequence; runs everywhere."""
+    lengths = q_spans.lengths
+    if lengths == k_spans.lengths and len(set(lengths)) == 1 and not k_spans.room:
+        split = (len(lengths), -1)  # equal lengths, as in training: one call for all
+        return _sdpa(q.unflatten(0, split), k.unflatten(0, split), v.unflatten(0, split)).flatten(0, 1)
+    spans = zip(q_spans.slices(), k_spans.slices(), strict=True)
+    return torch.cat([_sdpa(q[None, rows], k[None, at], v[None, at])[0] for rows, at in spans])
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [B, rows, H, D], k and v [B, slots, G, D] -> [B, rows, H, D]."""
+    B, rows, H, _ = q.shape
+    slots = k.shape[1]
+    if B == rows == 1:
+        return attend_row(q[0, 0], k[0], v[0])[0][None, None]
+    mask = None
+    if rows != slots:  # SDPA's own is_causal aligns at the start
+        mask = torch.ones(rows, slots, dtype=torch.bool, device=q.device).tril(slots - rows)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def attend_row(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One query row [H, D] over k, v [n, G, D]: output [H, D] and probabilities [G, H/G, n].
+
+    The H/G heads that share a key/value head are the rows of one matrix product, so the cache is
+    read once; SDPA with one row would read it H/G times.
+    """
+    rows = q.unflatten(0, (k.shape[1], -1))  # [G, H/G, D]
+    scores = torch.matmul(rows, k.permute(1, 2, 0))  # [G, H/G, n]
+    probs = (scores.float() / math.sqrt(q.shape[-1])).softmax(dim=-1)
+    return torch.matmul(probs.to(v.dtype), v.transpose(0, 1)).flatten(0, 1), probs
+
+
+def attend_torch_flash(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
+    """FlashAttention-2 as every CUDA build of PyTorch carries it: one varlen call for the batch."""
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, q_spans.edges, k_spans.edges, max(q_spans.lengths), max(k_spans.lengths),
+        0.0, True, False, seqused_k=k_spans.used if k_spans.room else None,
+    )[0]  # fmt: skip
+
+
+def attend_flash_attn(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
+    """The flash-attn package. Its varlen function knows no unused places, so a cache with room goes
+    to the same kernel in PyTorch."""
+    if k_spans.room:
+        return attend_torch_flash(q, k, v, q_spans, k_spans)
+    function = import_module("flash_attn").flash_attn_varlen_func
+    return function(
+        q, k, v, q_spans.edges, k_spans.edges, max(q_spans.lengths), max(k_spans.lengths), causal=True
+    )  # fmt: skip
+
+
+def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512) -> Tensor:
+    """All T queries of one sequence over the keys of its `kept` tokens [K], causal by original index.
+
+    q [T, H, D], k and v [K, G, D] -> [T, H, D]; a row before the first kept token gets zeros.
+    Masks are [block, K], so nothing grows with T x T.
+    """
+    out = torch.zeros_like(q)
+    for start in range(0, len(q), block):
+        rows = torch.arange(start, min(start + block, len(q)), device=q.device)
+        mask = kept[None, :] <= rows[:, None]  # [block, K]
+        some = mask[:, 0]
+        mask[~some] = True  # a row without keys would divide by zero; it is zeroed below
+        o = F.scaled_dot_product_attention(
+            q[rows].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
+            attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        out[rows] = o[0].transpose(0, 1) * some[:, None, None]
+    return out
+
+
+BACKENDS: dict[str, Attend] = {
+    "sdpa": attend_sdpa,
+    "torch-flash": attend_torch_flash,
+    "flash-attn": attend_flash_attn,
+}
+
+
+def usable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a backend can run for these tensors on this machine."""
+    if name == "sdpa":
+        return True
+    half = dtype in (torch.bfloat16, torch.float16) and head_dim <= 256
+    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if name == "torch-flash":
+        return True
+    try:
+        import_module("flash_attn")
+    except ImportError:
+        return False
+    return True
+
+
+def pick(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, Attend]:
+    """The backend called `name`, or for "auto" the fastest one that is usable."""
+    if name == "auto":
+        order = ("flash-attn", "torch-flash", "sdpa")
+        name = next(n for n in order if usable(n, device, dtype, head_dim))
+    if name not in BACKENDS:
+        raise UsageError(f"unknown attention backend {name!r}: use auto, {', '.join(BACKENDS)}")
+    if not usable(name, device, dtype, head_dim):
+        raise UsageError(
+            f"attention backend {name!r} cannot run here (device {device}, dtype {dtype}, head size "
+            f"{head_dim}): use --attn auto"
+        )
+    return name, BACKENDS[name]

@@ -1,0 +1,75 @@
+"""The vision-language model: tower, projector and decoder, and how pictures become its tokens."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..vision.encoder import VisionTower, projector
+from ..vision.image import Geometry, normalise
+from ..vision.packing import pack_image, pack_video, pool_frames
+from .decoder import Decoder
+
+
+class VLM(nn.Module):
+    """LLaVA-1.5, NeXT, NeXT-Video, OneVision or LongVA; parameter names as model/weights.py lists."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        text, vision = config.text, config.vision
+        width = vision.hidden_size * len(vision.take)
+        self.vision = VisionTower(vision)
+        self.projector = projector(config.projector, width, text.hidden_size, config.projector_bias)
+        self.image_newline = nn.Parameter(torch.zeros(text.hidden_size)) if config.newline else None
+        self.text = Decoder(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if text.tied:
+            self.lm_head.weight = self.text.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def features(self, crops: Tensor, pool: bool) -> Tensor:
+        """Projected features [n, N, C] of uint8 crops [n, S, S, 3]; `pool` them as video frames."""
+        media, grid = self.config.media, self.config.vision.grid
+        x = self.vision(normalise(crops, media, self.dtype, self.device))  # [n, N, C_v]
+        if pool and media.pool_first:
+            return self.projector(pool_frames(x, media, grid))
+        x = self.projector(x)
+        return pool_frames(x, media, grid) if pool else x
+
+    def encode(self, crops: Tensor, geometry: Geometry | None, batch: int = 16,
+               progress: Callable[[int], object] | None = None) -> Tensor:  # fmt: skip
+        """Tokens [tokens, C] of one picture (with its geometry) or one video (None).
+
+        Crops [n, S, S, 3] uint8 go through the tower `batch` at a time; of a video only the pooled
+        features stay.
+        """
+        parts = []
+        for some in crops.split(batch):
+            parts.append(self.features(some, pool=geometry is None))
+            if progress:
+                progress(len(some))
+        x, media = torch.cat(parts), self.config.media
+        if geometry is None:
+            return pack_video(x, media, self.image_newline)
+        return pack_image(x, geometry, media, self.config.vision.grid, self.image_newline)
+
+    def embed(self, input_ids: Tensor, is_visual: Tensor, features: list[Tensor]) -> Tensor:
+        """Embeddings [T, C]: text from the table, visual tokens from `features`, in order."""
+        x = torch.empty(len(input_ids), self.config.text.hidden_size, dtype=self.dtype, device=self.device)
+        x[~is_visual] = self.text.embed_tokens(input_ids[~is_visual])
+        if features:
+            x[is_visual] = torch.cat(features).to(x.dtype)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [..., V]."""
+        return self.lm_head(hidden).float()

@@ -1,0 +1,148 @@
+"""The one interface a method implements: it looks at a View and answers with a Plan.
+
+The policy decides, the attention layer (model/attention.py) computes, the cache (engine/cache.py)
+stores. A policy holds its options and nothing else: what a method must remember between decode
+steps lives in the `state` dict of the sequence's cache and dies with it.
+
+T tokens, H query heads, G key/value heads, D head size, P probe rows, K kept tokens.
+"""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import UsageError
+
+METHODS = {"dense": "zipvl.policy:Policy"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy may look at: one layer of one sequence, after RoPE. Read-only.
+
+    `q` and `v` are projected when first read, so a method that reads neither pays for neither.
+    """
+
+    layer: int  # 0 .. num_layers - 1
+    num_layers: int
+    k: Tensor  # [G, T, D]
+    positions: Tensor  # [T] place of each token in the prompt; all of 0..T-1 unless tokens were dropped
+    is_visual: Tensor  # [T] bool, image and video tokens
+    project_q: Callable[[], Tensor]
+    project_v: Callable[[], Tensor]
+    mass: Tensor | None = None  # [H, T] float32, attention each token receives from the probe rows
+    seen: Tensor | None = None  # [T]   how many probe rows can see each token
+
+    @property
+    def length(self) -> int:
+        return len(self.positions)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """[H, T, D] queries of all tokens."""
+        return self.project_q()
+
+    @cached_property
+    def v(self) -> Tensor:
+        """[G, T, D] values of all tokens."""
+        return self.project_v()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sorted indices into the View's tokens; None means all of them."""
+
+    attend: Tensor | None = None  # [K]  tokens whose q, k, v take part in this layer's attention
+    cache: Tensor | None = None  # [K'] | [G, K']  tokens whose k, v stay for decoding
+    stream: Tensor | None = None  # [K'']  tokens that go on to the next layer
+    fill: str = "zero"  # what the attention output of tokens outside `attend` is:
+    #   zero      nothing, the residual passes (the paper)
+    #   previous  the output of the nearest earlier token in `attend`
+    #   own       their own queries over the keys of `attend` (costs r of dense instead of r^2)
+
+
+class Policy:
+    """Dense attention with a full cache; a method overrides what it changes."""
+
+    watch_decode = False  # True: evict() also receives each step's attention probabilities
+
+    def probe(self, view: View) -> Tensor | None:
+        """Rows [P], sorted, whose attention the method wants to see; None: it needs none."""
+        return None
+
+    def plan(self, view: View) -> Plan:
+        """Called once per layer and prompt, with `mass` and `seen` if probe() gave rows."""
+        return Plan()
+
+    def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
+        """Called after each decode step: `slots` tokens are cached, `probs` [G, slots] if watched.
+
+        Returns the slots to keep, sorted, [N] or [G, N]; None keeps all.
+        """
+        return None
+
+
+def load_policy(method: "str | Policy", **options: Any) -> Policy:
+    """`zipvl`, `zipvl:tau=0.96,recent=32`, `my_file.py:Class`, `my_file.py:Class:tau=0.9`, or a Policy.
+
+    `options` override what the string says; those that are None count as not given.
+    Raises UsageError that lists the valid names or options.
+    """
+    if isinstance(method, Policy):
+        return method
+    head, _, tail = method.partition(":")
+    if head.endswith(".py"):
+        name, _, tail = tail.partition(":")
+        cls = _from_file(Path(head), name)
+    elif head in METHODS:
+        module, _, name = METHODS[head].partition(":")
+        cls = getattr(importlib.import_module(module), name)
+    else:
+        raise UsageError(
+            f"unknown method {head!r}: use one of {', '.join(METHODS)}, or my_file.py:Class"
+        )
+    given = dict(_parse(item, method) for item in tail.split(",") if item)
+    given |= {k: v for k, v in options.items() if v is not None}
+    valid = inspect.signature(cls).parameters
+    if unknown := given.keys() - valid.keys():
+        listed = ", ".join(f"{p.name}={p.default}" for p in valid.values()) or "none"
+        raise UsageError(f"method {head!r} has no option {sorted(unknown)[0]!r}: it takes {listed}")
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"method {method!r}: {e}") from None
+
+
+def _parse(item: str, method: str) -> tuple[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals:
+        raise UsageError(f"method {method!r}: {item!r} is not of the form option=value")
+    for kind in (int, float):
+        try:
+            return key.strip(), kind(value)
+        except ValueError:
+            pass
+    return key.strip(), value.strip()
+
+
+def _from_file(path: Path, name: str) -> type[Policy]:
+    if not path.is_file():
+        raise UsageError(f"method file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # the user's own file: any mistake in it ends up here
+        raise UsageError(f"method file {path} cannot be imported: {type(e).__name__}: {e}") from None
+    cls = getattr(module, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Policy)):
+        raise UsageError(f"method file {path} has no Policy class {name!r}: write {path}:ClassName")
+    return cls
