@@ -1,0 +1,41 @@
+"""Settings and fixtures of the whole suite: tiny checkpoints, each built once, when first asked for."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """oracle("llava_next") -> the Oracle of that tiny checkpoint; its `folder` holds the files.
+
+    Names: tiny.FAMILIES (Hugging Face layout) and tiny_original.ORIGINALS. Treat the folders as
+    read-only: every test of the run shares them.
+    """
+
+    @cache
+    def build(kind: str) -> object:
+        import oracles  # here, so that a run without these tests needs no transformers
+        import tiny
+        import tiny_original
+
+        folder: Path = tmp_path_factory.mktemp("tiny") / kind
+        if kind in tiny_original.ORIGINALS:
+            parts = tiny_original.build_original(kind, folder)
+            return oracles.OriginalOracle(folder, parts)
+        tiny.build_hf(kind, folder)
+        return oracles.HFOracle(folder)
+
+    return build
