@@ -31,6 +31,7 @@ class Geometry:
     width: int
     rows: int = 0
     cols: int = 0
+    padded: bool = False  # to a square, and then one crop
 
     @property
     def crops(self) -> int:
@@ -82,18 +83,24 @@ def crops(image: Image.Image, media: MediaConfig, alone: bool) -> tuple[np.ndarr
 
     `alone` is False when the prompt holds several pictures (OneVision pads those to squares).
     """
-    geometry = Geometry(image.height, image.width)
-    if media.image == "pad" or (media.several == "pad" and not alone):
-        return np.array(_fit(_square(image, media), media))[None], geometry
-    if media.image != "anyres":
-        return np.array(_fit(image, media))[None], geometry
-    size = media.size
-    height, width = best_canvas(image.height, image.width, media.pinpoints)
-    rows, cols = height // size, width // size
-    canvas = np.asarray(_letterbox(image, height, width))[: rows * size, : cols * size]
+    size, geometry = media.size, plan(image.height, image.width, media, alone)
+    if geometry.crops == 1:
+        one = _square(image, media) if geometry.padded else image
+        return np.array(_fit(one, media))[None], geometry
+    rows, cols = geometry.rows, geometry.cols
+    canvas = np.asarray(_letterbox(image, rows * size, cols * size))
     tiles = canvas.reshape(rows, size, cols, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
     whole = np.asarray(image.resize((size, size), BICUBIC))
-    return np.concatenate([whole[None], tiles]), Geometry(image.height, image.width, rows, cols)
+    return np.concatenate([whole[None], tiles]), geometry
+
+
+def plan(height: int, width: int, media: MediaConfig, alone: bool) -> Geometry:
+    """How `crops` cuts a picture of this size; enough to count its tokens."""
+    padded = media.image == "pad" or (media.several == "pad" and not alone)
+    if padded or media.image != "anyres":
+        return Geometry(height, width, padded=padded)
+    high, wide = best_canvas(height, width, media.pinpoints)
+    return Geometry(height, width, high // media.size, wide // media.size)
 
 
 def best_canvas(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:

@@ -1,0 +1,208 @@
+"""Crops equal transformers' Pillow processors pixel for pixel, and bad files end in one sentence."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_utils import load_image
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+
+from zipvl.config import MediaConfig
+from zipvl.errors import MediaError
+from zipvl.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS
+from zipvl.vision import image as image_module
+from zipvl.vision.image import best_canvas, crops, fit_frame, normalise, open_image, plan
+
+SIZES = [(1, 1), (1, 50), (50, 1), (56, 56), (72, 72), (100, 75), (61, 200), (300, 60), (57, 113),
+         (430, 431), (640, 480)]  # fmt: skip
+NEXT = tuple((56 * a, 56 * b) for a, b in [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
+ONEVISION = tuple((72 * a, 72 * b) for a in range(1, 7) for b in range(1, 7))
+CLIP_PIXELS = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+SIGLIP_PIXELS = {"size": {"height": 72, "width": 72}, "image_mean": HALF, "image_std": HALF}
+
+
+def clip(image: str, **more) -> MediaConfig:
+    return MediaConfig(size=56, resize="crop", mean=CLIP_MEAN, std=CLIP_STD, image=image, **more)
+
+
+def siglip(image: str, **more) -> MediaConfig:
+    return MediaConfig(size=72, resize="squash", mean=HALF, std=HALF, image=image, **more)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Noise over a gradient: any shift, swap or other filter shows."""
+    rng = np.random.default_rng()
+    slope = np.linspace(0, 155, width)[None, :, None] + np.linspace(0, 40, height)[:, None, None]
+    noise = rng.integers(0, 60, (height, width, 3))
+    return Image.fromarray((slope + noise).astype(np.uint8))
+
+
+def ours(image: Image.Image, media: MediaConfig, alone: bool = True) -> torch.Tensor:
+    cut, _ = crops(image, media, alone)
+    assert cut.dtype == np.uint8
+    return normalise(torch.from_numpy(cut), media, torch.float32, torch.device("cpu"))
+
+
+def equal(found: torch.Tensor, expected) -> None:
+    torch.testing.assert_close(found, torch.as_tensor(np.array(expected)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_plain_crops_equal_the_processors(size):
+    image = picture(*size)
+    equal(ours(image, clip("crop")), CLIPImageProcessorPil(**CLIP_PIXELS)(image)["pixel_values"])
+    expected = SiglipImageProcessorPil(**SIGLIP_PIXELS, resample=3)(image)["pixel_values"]
+    equal(ours(image, siglip("crop")), expected)
+    padded = LlavaImageProcessorPil(**CLIP_PIXELS, do_pad=True)
+    equal(ours(image, clip("pad")), padded(image)["pixel_values"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_resolution_equals_the_processors(size):
+    image = picture(*size)
+    hf = LlavaNextImageProcessorPil(**CLIP_PIXELS, image_grid_pinpoints=[list(p) for p in NEXT])
+    equal(ours(image, clip("anyres", pinpoints=NEXT)), hf(image)["pixel_values"][0])
+    hf = LlavaOnevisionImageProcessorPil(
+        **SIGLIP_PIXELS, image_grid_pinpoints=[list(p) for p in ONEVISION]
+    )
+    media = siglip("anyres", pinpoints=ONEVISION, several="pad")
+    equal(ours(image, media), hf(image)["pixel_values"][0])
+    pair = hf([[image, picture(33, 90)]])["pixel_values"]
+    equal(ours(image, media, alone=False), pair[0])
+
+
+@pytest.mark.parametrize("media", [clip("crop"), siglip("crop")], ids=["crop", "squash"])
+def test_a_frame_is_fitted_as_a_plain_picture(media):
+    image = picture(131, 83)
+    fitted = fit_frame(np.asarray(image), media)
+    assert (fitted == crops(image, media, True)[0][0]).all()
+    fitted[:] = 0  # the caller owns it
+
+
+def test_padding_has_the_mean_colour_of_the_original():
+    cut, _ = crops(Image.new("RGB", (560, 280), (255, 0, 0)), clip("pad"), True)
+    assert cut[0, 0, 0].tolist() == cut[0, -1, -1].tolist() == [122, 116, 104]
+    cut, _ = crops(Image.new("RGB", (72, 144)), siglip("anyres", several="pad"), False)
+    assert cut.shape == (1, 72, 72, 3)
+    assert cut[0, 0, 0].tolist() == [127] * 3
+
+
+def test_small_pictures_show_the_order_of_the_pinpoints():
+    """The original reads the same list as (width, height): other tiles for every small picture."""
+    hf = tuple((h, w) for h, w in NEXT_PINPOINTS)
+    original = tuple((h, w) for w, h in NEXT_PINPOINTS)
+    for width, height in [(1, 1), (336, 336), (200, 300), (300, 200)]:
+        assert best_canvas(height, width, hf) == (336, 672)
+        assert best_canvas(height, width, original) == (672, 336)
+    for width, height in [(640, 480), (1000, 300), (300, 1000)]:
+        assert best_canvas(height, width, hf) == best_canvas(height, width, original)
+
+
+def test_normalise_works_in_fp32_and_casts_last():
+    media, pixels = clip("crop"), torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8)
+    full = normalise(pixels, media, torch.float32, torch.device("cpu"))
+    low = normalise(pixels, media, torch.bfloat16, torch.device("cpu"))
+    assert low.shape == (3, 3, 56, 56)
+    assert torch.equal(low, full.to(torch.bfloat16))
+    assert torch.equal(full[1:2], normalise(pixels[1:2], media, torch.float32, full.device))
+
+
+@pytest.mark.parametrize("size", [(1, 20000), (65535, 1), (3, 65535)])
+@pytest.mark.parametrize(
+    "media",
+    [clip("crop"), clip("pad"), siglip("crop"), clip("anyres", pinpoints=NEXT)],
+    ids=["crop", "pad", "squash", "anyres"],
+)
+def test_extreme_shapes_stay_small(size, media):
+    cut, geometry = crops(Image.new("RGB", size, (9, 99, 199)), media, True)
+    assert cut.shape == (geometry.crops, media.size, media.size, 3)
+    assert geometry == plan(size[1], size[0], media, True)
+    if media.image != "pad":
+        assert (cut[0] == (9, 99, 199)).all()
+
+
+@pytest.mark.parametrize("size", [(40, 300), (400, 30), (90, 91)])
+def test_the_shortcut_for_extreme_shapes_is_the_same_picture(size, monkeypatch):
+    image, media = picture(*size), clip("crop")
+    exact = crops(image, media, True)[0].astype(int)
+    monkeypatch.setattr(image_module, "EXACT_SIDE", 0)
+    assert np.abs(crops(image, media, True)[0] - exact).max() <= 1
+
+
+def test_pictures_of_every_mode_open_as_transformers_opens_them(tmp_path):
+    image = picture(40, 30)
+    for mode in ("RGB", "L", "1", "P", "CMYK", "LA", "RGBA", "PA", "YCbCr", "HSV", "LAB"):
+        assert open_image(image.convert(mode)).mode == "RGB"
+    for mode, name in [("RGBA", "a.png"), ("P", "p.gif"), ("CMYK", "c.jpg"), ("1", "b.tif")]:
+        image.convert(mode).save(tmp_path / name)
+        expected = np.asarray(load_image(str(tmp_path / name)))
+        assert (np.asarray(open_image(tmp_path / name)) == expected).all()
+
+
+def test_sixteen_bit_greys_keep_their_shades(tmp_path):
+    shades = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    assert (np.asarray(open_image(str(tmp_path / "deep.png")))[..., 0] == shades >> 8).all()
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_exif_turns_as_in_transformers(turn, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    picture(40, 24).save(tmp_path / "turned.png", exif=exif)
+    expected = np.asarray(load_image(str(tmp_path / "turned.png")))
+    assert (np.asarray(open_image(tmp_path / "turned.png")) == expected).all()
+    assert expected.shape[:2] == ((24, 40) if turn < 5 else (40, 24))
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that declares 400 million pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * 1000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+def encoded(form: str) -> bytes:
+    buffer = io.BytesIO()
+    picture(200, 200).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_truncated_picture_is_one_sentence(form, tmp_path):
+    data = encoded(form)
+    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+    with pytest.raises(MediaError, match="cut"):
+        open_image(tmp_path / "cut")
+
+
+def test_what_is_no_picture_is_one_sentence(tmp_path):
+    for name, data in [("text.jpg", b"not a picture"), ("empty.png", b""), ("bomb.png", bomb())]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(MediaError, match=name):
+            open_image(tmp_path / name)
+    for source in [tmp_path / "missing.png", tmp_path, "http://host/a.png", "x" * 5000, "a\0b", 7]:
+        with pytest.raises(MediaError) as caught:
+            open_image(source)
+        assert "\n" not in str(caught.value)
+    for size in [(0, 5), (5, 0), (65536, 1)]:
+        with pytest.raises(MediaError, match="pixels"):
+            open_image(Image.new("RGB", size))
