@@ -20,7 +20,11 @@ from torch import Tensor
 
 from .errors import UsageError
 
-METHODS = {"dense": "zipvl.policy:Policy"}
+METHODS = {
+    "dense": "zipvl.policy:Policy",
+    "zipvl": "zipvl.policies.zipvl:ZipVL",
+    "zipvl+": "zipvl.policies.zipvl:ZipVLPlus",
+}
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,15 @@ class LayerCache:
     def drop(self, keep: list[int]) -> "LayerCache":
         """The cache of the sequences in `keep`, when others have finished."""
         k, v, positions = zip(*(self.view(i) for i in keep), strict=True)
-        smaller = LayerCache(list(k), list(v), list(positions), self.spans.room)
+        free = min(self.spans.capacity[i] - self.spans.lengths[i] for i in keep)
+        smaller = LayerCache(list(k), list(v), list(positions), free)
         smaller.state = [self.state[i] for i in keep]
         return smaller
+
+    def sequence_bytes(self) -> list[int]:
+        """Bytes of each sequence's slots, filled and free; they add up to `nbytes`."""
+        slot = 2 * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
+        return [places * slot for places in self.spans.capacity]
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,5 @@
 """What a run did: seconds by stage, tokens kept and bytes cached by layer, peak memory."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -46,20 +45,25 @@ class LayerStats:
 
     tokens: list[int]  # tokens that entered the layer
     attended: list[int]  # tokens in this layer's attention
+    pairs: list[int]  # query-key pairs of that attention, before the causal half is left out
     cached: list[int]  # tokens whose keys and values stay
-    pairs: list[float]  # query-key pairs computed, in units of T^2 / 2
-    kv_bytes: int  # storage of the layer's cache, the whole batch, room for new tokens included
-    seconds: dict[str, float]  # probe, select, attend, rest
+    kv_bytes: list[int]  # storage of the sequence's part of the cache, room for new tokens included
+    seconds: dict[str, float]  # probe, select, attend, rest; of the whole batch
 
     @classmethod
     def of(cls, lengths: list[int], plans: "list[Plan]", cache: "LayerCache | None",
            seconds: dict[str, float]) -> "LayerStats":  # fmt: skip
-        attended = [n if p.attend is None else len(p.attend) for n, p in zip(lengths, plans, strict=True)]
-        own = [a if p.attend is None or p.fill != "own" else n
-               for a, n, p in zip(attended, lengths, plans, strict=True)]  # fmt: skip
-        cached = list(cache.spans.lengths) if cache else [0] * len(lengths)
-        pairs = [float(a) * q for a, q in zip(attended, own, strict=True)]
-        return cls(list(lengths), attended, cached, pairs, cache.nbytes if cache else 0, seconds)
+        both = list(zip(lengths, plans, strict=True))
+        attended = [n if p.attend is None else len(p.attend) for n, p in both]
+        rows = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
+        return cls(
+            tokens=list(lengths),
+            attended=attended,
+            pairs=[a * r for a, r in zip(attended, rows, strict=True)],
+            cached=list(cache.spans.lengths) if cache else [0] * len(lengths),
+            kv_bytes=cache.sequence_bytes() if cache else [0] * len(lengths),
+            seconds=seconds,
+        )
 
     def add_seconds(self, seconds: dict[str, float]) -> None:
         for name, value in seconds.items():
@@ -69,3 +73,75 @@ class LayerStats:
     def ratio(self) -> float:
         """Share of the tokens that took part in attention, over the batch."""
         return sum(self.attended) / max(1, sum(self.tokens))
+
+
+@dataclass
+class Stats:
+    """One sequence of one run; `seconds` are those of the batch it ran in."""
+
+    method: str
+    prompt_tokens: int
+    visual_tokens: int
+    new_tokens: int
+    batch: int
+    seconds: dict[str, float]  # video, vision, prefill, decode; prefill_probe, ... are parts of prefill
+    layers: list[dict[str, Any]]  # tokens, attended, cached, ratio, kv_bytes
+    kv_bytes_dense: int  # what the same cache holds under dense attention
+    peak_memory: int  # bytes: allocated on CUDA, resident set of the process elsewhere
+    frames: list[dict[str, Any]] = field(default_factory=list)  # index and time of each video frame
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(layer["kv_bytes"] for layer in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """Mean over layers of the share of prompt tokens in attention (the paper's "ratio")."""
+        return sum(layer["ratio"] for layer in self.layers) / max(1, len(self.layers))
+
+    @property
+    def attention_work(self) -> float:
+        """Pairs computed over dense pairs, summed over layers: the mean of r^2, not (mean r)^2."""
+        return sum(layer["work"] for layer in self.layers) / max(1, len(self.layers))
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second, this sequence's share of the batch."""
+        return self.prompt_tokens / max(1e-9, self.seconds["prefill"])
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second of this sequence; the first comes out of the prefill."""
+        return max(0, self.new_tokens - 1) / max(1e-9, self.seconds["decode"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        derived = ("kv_bytes", "ratio", "attention_work", "prefill_rate", "decode_rate")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def layer_rows(layers: list[LayerStats], sequence: int, prompt: int) -> list[dict[str, Any]]:
+    """Stats.layers of one sequence; ratios are shares of its `prompt` tokens."""
+    return [
+        {
+            "tokens": s.tokens[sequence],
+            "attended": s.attended[sequence],
+            "cached": s.cached[sequence],
+            "ratio": s.attended[sequence] / prompt,
+            "work": s.pairs[sequence] / prompt**2,
+            "kv_bytes": s.kv_bytes[sequence],
+        }
+        for s in layers
+    ]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's peak resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

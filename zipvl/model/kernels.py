@@ -25,7 +25,8 @@ class Spans:
         """`room` leaves that many unused places after each sequence."""
         self.lengths = list(lengths)
         self.room = room
-        ends = torch.tensor([0, *(n + room for n in lengths)]).cumsum(0)
+        self.capacity = [n + room for n in lengths]
+        ends = torch.tensor([0, *self.capacity]).cumsum(0)
         self.starts: list[int] = ends[:-1].tolist()
         self.total = int(ends[-1])
         self.edges = ends.to(device, torch.int32)  # [B + 1]
@@ -55,7 +56,9 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans)
     lengths = q_spans.lengths
     if lengths == k_spans.lengths and len(set(lengths)) == 1 and not k_spans.room:
         split = (len(lengths), -1)  # equal lengths, as in training: one call for all
-        return _sdpa(q.unflatten(0, split), k.unflatten(0, split), v.unflatten(0, split)).flatten(0, 1)
+        return _sdpa(q.unflatten(0, split), k.unflatten(0, split), v.unflatten(0, split)).flatten(
+            0, 1
+        )
     spans = zip(q_spans.slices(), k_spans.slices(), strict=True)
     return torch.cat([_sdpa(q[None, rows], k[None, at], v[None, at])[0] for rows, at in spans])
 

@@ -1,0 +1,145 @@
+"""A prompt with its pictures and videos as token ids; what the model needs before it runs."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..errors import ModelError, UsageError
+from ..model.chat import Chat
+from ..vision.image import Geometry, crops, fit_frame, open_image
+from ..vision.packing import count_tokens_image, count_tokens_video
+from ..vision.video import Clip, read_video
+from .progress import Progress
+
+ImageSource = str | os.PathLike | Image.Image
+VideoSource = str | os.PathLike | np.ndarray
+Message = dict[str, Any]
+
+
+@dataclass
+class Media:
+    """One picture or video, cut to crops, not yet encoded."""
+
+    kind: str  # image | video
+    crops: Tensor  # uint8 [n, S, S, 3]
+    geometry: Geometry | None  # None for a video
+    tokens: int
+    clip: Clip | None = None  # which frames a video gave; its pixels are `crops`
+    features: Tensor | None = None  # [tokens, C] once encoded, so that a second question is cheaper
+
+
+@dataclass
+class Inputs:
+    """One prompt. Visual tokens hold a placeholder id each, as Hugging Face expands them."""
+
+    input_ids: Tensor  # [T] int64
+    is_visual: Tensor  # [T] bool
+    media: list[Media]  # in the order of their tokens
+    seconds: float = 0.0  # spent on reading and resizing media
+    warnings: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
+    """A picture's crops and token count. Raises MediaError."""
+    pixels, geometry = crops(open_image(source), config.media, alone)
+    tokens = count_tokens_image(geometry, config.media, config.vision)
+    return Media("image", torch.from_numpy(pixels), geometry, tokens)
+
+
+def read_clip(source: VideoSource, config: ModelConfig, progress: Progress, frames: int | None,
+              fps: float | None, start: float | None, end: float | None) -> Media:  # fmt: skip
+    """A video's frames, resized as they are decoded, and its token count. Raises MediaError."""
+    fit = partial(fit_frame, media=config.media)
+    with progress("read frames", frames or 0) as step:
+        clip = read_video(source, frames, fps, start, end, fit=fit, progress=step)
+    tokens = count_tokens_video(len(clip.frames), config.media, config.vision)
+    return Media("video", torch.from_numpy(clip.frames), None, tokens, clip)
+
+
+def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
+    """Chat messages with text content; a plain prompt is one user message."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    head = [{"role": "system", "content": system}] if system else []
+    return head + messages
+
+
+def place_media(messages: list[Message], images: int, videos: int) -> tuple[list[Message], list[str]]:
+    """Messages with content parts, and the kinds of their media in order.
+
+    `<image>` and `<video>` in a user's text say where media go; a kind without any marker goes first
+    in the first user message. Raises UsageError when markers and media do not match.
+    """
+    counts = {"image": images, "video": videos}
+    text = "".join(m["content"] for m in messages if m["role"] == "user")
+    first: list[dict] = []
+    for kind, given in counts.items():
+        marked = text.count(f"<{kind}>")
+        if marked == 0:
+            first += [{"type": kind}] * given
+        elif marked != given:
+            raise UsageError(f"the prompt has {marked} <{kind}> markers but {given} {kind}s were given")
+    placed = []
+    for message in messages:
+        parts: list[dict] = [{"type": "text", "text": message["content"]}]
+        if message["role"] == "user":
+            pieces = re.split(r"(<image>|<video>)", message["content"])
+            parts = first + [
+                {"type": piece[1:-1]} if i % 2 else {"type": "text", "text": piece}
+                for i, piece in enumerate(pieces)
+                if piece
+            ]
+            first = []
+        placed.append({"role": message["role"], "content": parts})
+    kinds = [p["type"] for m in placed for p in m["content"] if p["type"] != "text"]
+    return placed, kinds
+
+
+def build_inputs(chat: Chat, config: ModelConfig, messages: list[Message], images: list[Media],
+                 videos: list[Media], seconds: float) -> Inputs:  # fmt: skip
+    """Token ids of the rendered messages with every medium's placeholder ids in its place."""
+    messages, kinds = place_media(messages, len(images), len(videos))
+    waiting = {"image": list(images), "video": list(videos)}
+    media = [waiting[kind].pop(0) for kind in kinds]
+    ids: list[int] = []
+    visual: list[bool] = []
+    left = iter(media)
+    for run in chat.tokenize(messages):
+        if isinstance(run, str):
+            token = config.image_token if run == "image" else config.video_token
+            run, is_visual = [token] * next(left).tokens, True
+        else:
+            is_visual = False
+        ids += run
+        visual += [is_visual] * len(run)
+    if not ids:
+        raise UsageError("the prompt is empty: give some text, a picture or a video")
+    inputs = Inputs(torch.tensor(ids), torch.tensor(visual), media, seconds)
+    inputs.warnings += [m.clip.warning for m in media if m.clip and m.clip.warning]
+    check_length(inputs, config)
+    return inputs
+
+
+def check_length(inputs: Inputs, config: ModelConfig) -> None:
+    window = config.text.sliding_window
+    if window and len(inputs) > window:
+        raise ModelError(
+            f"the prompt has {len(inputs)} tokens, and this model's attention window is {window}, which "
+            "zipvl does not implement: use fewer frames or smaller pictures"
+        )
+    if config.max_length and len(inputs) > config.max_length:
+        inputs.warnings.append(
+            f"the prompt has {len(inputs)} tokens, the checkpoint was trained for {config.max_length}: "
+            "answers may degrade; fewer frames help"
+        )

@@ -1,0 +1,59 @@
+"""From a checkpoint's name to an Engine: device, dtype, weights, tokenizer, attention backend."""
+
+from pathlib import Path
+
+import torch
+
+from ..errors import ModelError, UsageError
+from ..layouts import read_config
+from ..model import hub, kernels
+from ..model.chat import Chat
+from ..model.weights import load_weights
+from .engine import Engine
+from .memory import memory_errors
+from .progress import Progress
+
+DEMO = Path(__file__).parent.parent / "demo" / "model"
+
+
+def load(model: str | Path | None = None, device: str = "auto", dtype: str = "auto",
+         attn: str = "auto", template: str | None = None, show_progress: bool = False) -> Engine:  # fmt: skip
+    """An Engine with the checkpoint `model` (folder or hub id; None: the bundled demo model).
+
+    `dtype` auto is bfloat16 on CUDA, float32 on CPU and MPS. `attn` forces an attention backend,
+    `template` a prompt template (a built-in name or a .jinja file). Raises ModelError, UsageError.
+    """
+    folder = hub.resolve(DEMO if model is None else model)
+    config = read_config(folder)
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    backend, attend = kernels.pick(attn, place, kind, config.text.head_dim)
+    chat = Chat.from_folder(folder, config, template)
+    with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
+        vlm = load_weights(config, folder, place, kind)
+    if chat.vocab_size > config.text.vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer has {chat.vocab_size} entries, the embedding only "
+            f"{config.text.vocab_size}: tokenizer and weights belong to different models"
+        )
+    return Engine(vlm, chat, backend, attend, Progress(show_progress))
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    names |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if dtype not in names:
+        raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(names)}")
+    return names[dtype]
