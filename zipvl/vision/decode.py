@@ -59,6 +59,18 @@ def pyav_frames(index: Index, targets: list[int]) -> Iterator[tuple[np.ndarray, 
             yield _upright(frame, size), at == want and not frame.is_corrupt
 
 
+def _same_colours(index: Index) -> bool:
+    """Whether decord gives the pixels PyAV gives: 8-bit 4:2:0 of even size, progressive, upright."""
+    with opened(index.path) as (container, stream):
+        frame = next(frames_of(container, stream), None)
+        return (
+            frame is not None
+            and frame.format.name in ("yuv420p", "yuvj420p")
+            and not (frame.width % 2 or frame.height % 2 or frame.interlaced_frame)
+            and frame.side_data.get("DISPLAYMATRIX") is None
+        )
+
+
 def decord_frames(index: Index, targets: list[int]) -> Iterator[np.ndarray]:
     """Pictures of the targets, ending early where decord is absent or finds fault with the file."""
     try:
@@ -82,7 +94,7 @@ def decode(
 ) -> tuple[list[np.ndarray], str, int]:
     """Frames of the ascending `targets` through `fit`, the decoder's name, how many were intact."""
     frames: list[np.ndarray] = []
-    for picture in decord_frames(index, targets) if index.plain else ():
+    for picture in decord_frames(index, targets) if index.plain and _same_colours(index) else ():
         frames.append(fit(picture))
         if progress:
             progress(1)
