@@ -7,8 +7,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import load_image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -109,6 +112,17 @@ def test_small_pictures_show_the_order_of_the_pinpoints():
         assert best_canvas(height, width, hf) == best_canvas(height, width, original)
 
 
+SIDES = st.integers(1, 700)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIDES, SIDES, st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=6))
+def test_the_best_canvas_is_transformers(height, width, canvases):
+    canvases = [*canvases, (50, 40), (40, 50), (30, 30)]  # small pictures fit all of these
+    found = best_canvas(height, width, tuple(canvases))
+    assert found == select_best_resolution((height, width), canvases)
+
+
 def test_normalise_works_in_fp32_and_casts_last():
     media, pixels = clip("crop"), torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8)
     full = normalise(pixels, media, torch.float32, torch.device("cpu"))
@@ -137,7 +151,9 @@ def test_the_shortcut_for_extreme_shapes_is_the_same_picture(size, monkeypatch):
     image, media = picture(*size), clip("crop")
     exact = crops(image, media, True)[0].astype(int)
     monkeypatch.setattr(image_module, "EXACT_SIDE", 0)
-    assert np.abs(crops(image, media, True)[0] - exact).max() <= 1
+    off = np.abs(crops(image, media, True)[0] - exact)
+    assert off.max() <= 4  # Pillow may take the two axes in the other order
+    assert off.mean() < 0.5
 
 
 def test_pictures_of_every_mode_open_as_transformers_opens_them(tmp_path):
