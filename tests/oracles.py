@@ -101,8 +101,7 @@ class HFOracle(Oracle):
 
     def _batch(self, images: Pictures) -> dict[str, Tensor]:
         nested = [list(images)] if self.onevision else list(images)
-        raw = dict(self.processor(images=nested, return_tensors="pt"))
-        return raw
+        return dict(self.processor(images=nested, return_tensors="pt"))
 
     def pixels(self, images: Pictures) -> list[Tensor]:
         if self.onevision and len(images) > 1:
@@ -130,7 +129,7 @@ class HFOracle(Oracle):
         return torch.tensor(self.tokenizer.encode(whole).ids)
 
     def _inputs(self, text: str, images: Pictures, video: Frames) -> dict[str, Tensor]:
-        inputs = dict(input_ids=self.input_ids(text, images, video)[None])
+        inputs = {"input_ids": self.input_ids(text, images, video)[None]}
         if images:
             inputs |= self._batch(images)
         if video is not None:

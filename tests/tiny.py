@@ -21,33 +21,40 @@ from torch import Tensor, nn
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-CLIP: dict[str, Any] = dict(
-    model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-    num_attention_heads=4, image_size=56, patch_size=14, projection_dim=32,
-)  # fmt: skip
-SIGLIP: dict[str, Any] = dict(  # a 5x5 grid, odd as the real 27x27, and 2 pixels that no patch covers
-    model_type="siglip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-    num_attention_heads=4, image_size=72, patch_size=14, vision_use_head=False,
-)  # fmt: skip
-SMALL: dict[str, Any] = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4
-)
+CLIP: dict[str, Any] = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "image_size": 56, "patch_size": 14, "projection_dim": 32,
+}  # fmt: skip
+SIGLIP: dict[str, Any] = {  # a 5x5 grid, odd as the real 27x27, and 2 pixels that no patch covers
+    "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "image_size": 72, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
 LLAMA: dict[str, Any] = dict(
     model_type="llama", **SMALL, max_position_embeddings=4096, rms_norm_eps=1e-5
 )
 MISTRAL: dict[str, Any] = dict(
     model_type="mistral", **SMALL, num_key_value_heads=2, max_position_embeddings=32768,
-    rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=1e6), sliding_window=None,
+    rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, sliding_window=None,
 )  # fmt: skip
 QWEN2: dict[str, Any] = dict(
     model_type="qwen2", **SMALL, num_key_value_heads=2, max_position_embeddings=32768,
-    rms_norm_eps=1e-6, rope_parameters=dict(rope_type="default", rope_theta=1e6),
+    rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
 )  # fmt: skip
 CLIP_PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 SIGLIP_PINPOINTS = [[72 * a, 72 * b] for a in range(1, 7) for b in range(1, 7)]
-CLIP_PIXELS = dict(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+CLIP_PIXELS = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-SIGLIP_PIXELS = dict(size={"height": 72, "width": 72}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+SIGLIP_PIXELS = {
+    "size": {"height": 72, "width": 72},
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,11 @@ class HF:
     processor: str = "preprocessor_config.json"
 
 
-ANYRES = dict(image_grid_pinpoints=CLIP_PINPOINTS)
-ANYRES_MAX = dict(image_grid_pinpoints=SIGLIP_PINPOINTS)
+ANYRES = {"image_grid_pinpoints": CLIP_PINPOINTS}
+ANYRES_MAX = {"image_grid_pinpoints": SIGLIP_PINPOINTS}
 BOTH = ("<image>", "<video>")
-LINEAR = dict(rope_parameters=dict(rope_type="linear", factor=2.5, rope_theta=1e4))
-TIED = dict(tie_word_embeddings=True)
+LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}
+TIED = {"tie_word_embeddings": True}
 V5 = "processor_config.json"
 FAMILIES = {
     "llava": HF("Llava", LLAMA, template=tokenizers_tiny.VICUNA, processor=V5),
@@ -92,12 +99,12 @@ def build_hf(
     """Saves one of FAMILIES in `folder` and returns the model; `extra` overrides top-level config keys."""
     made = FAMILIES[kind]
     ids, size = write_tokenizer(folder, made.text["model_type"], made.tokens, made.template)
-    tokens = dict(image_token_index=ids["<image>"])
+    tokens = {"image_token_index": ids["<image>"]}
     if "<video>" in ids:
         tokens["video_token_index"] = ids["<video>"]
     config = getattr(transformers, f"{made.name}Config")(
         vision_config=dict(made.vision),
-        text_config=made.text | dict(vocab_size=-(-size // 64) * 64, pad_token_id=0),
+        text_config=made.text | {"vocab_size": -(-size // 64) * 64, "pad_token_id": 0},
         **tokens | made.extra | (extra or {}),
     )
     torch.manual_seed(seed)
@@ -120,7 +127,7 @@ def _write_pixels(folder: Path, made: HF) -> None:
     nested = made.processor == "processor_config.json"
     write_json(
         folder / made.processor,
-        dict(processor_class=f"{made.name}Processor", image_processor=raw) if nested else raw,
+        {"processor_class": f"{made.name}Processor", "image_processor": raw} if nested else raw,
     )
 
 
@@ -220,13 +227,13 @@ def shard(source: Path, target: Path, count: int = 3) -> None:
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     write_json(
         target / "model.safetensors.index.json",
-        dict(metadata=dict(total_size=total), weight_map=where),
+        {"metadata": {"total_size": total}, "weight_map": where},
     )
 
 
 def as_v4(config: dict[str, Any]) -> dict[str, Any]:
     """A config as transformers 4 wrote it: rope_theta and rope_scaling, torch_dtype, no defaults."""
-    out = {k: v for k, v in config.items() if k != "dtype"} | dict(torch_dtype="float32")
+    out = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": "float32"}
     text = dict(out["text_config"])
     rope = dict(text.pop("rope_parameters", None) or {})
     if "rope_theta" in rope:
@@ -237,7 +244,7 @@ def as_v4(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("dtype", "layer_types", "head_dim"):
         text.pop(key, None)
     name = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config"}
-    usual = getattr(transformers, name[text["model_type"]])().to_dict() | dict(rope_theta=1e4)
+    usual = getattr(transformers, name[text["model_type"]])().to_dict() | {"rope_theta": 1e4}
     keep = {"model_type", "sliding_window"}
     out["text_config"] = {k: v for k, v in text.items() if k in keep or usual.get(k, ...) != v}
     return out

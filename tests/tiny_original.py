@@ -8,8 +8,19 @@ from typing import Any
 
 import torch
 import transformers
-from tiny import CLIP, LLAMA, MISTRAL, QWEN2, SIGLIP, quieten, redraw, rename, save, write_json
-from tiny import write_tokenizer
+from tiny import (
+    CLIP,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    SIGLIP,
+    quieten,
+    redraw,
+    rename,
+    save,
+    write_json,
+    write_tokenizer,
+)
 from torch import Tensor, nn
 
 
@@ -29,46 +40,46 @@ class Original:
     newline: bool = True
 
 
-ANYRES = dict(
-    mm_patch_merge_type="spatial_unpad",
-    image_aspect_ratio="anyres",
-    image_grid_pinpoints=[[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
-)
-SIGLIP_FULL = SIGLIP | dict(num_hidden_layers=4)  # the original code deletes the last block
+ANYRES = {
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+}
+SIGLIP_FULL = SIGLIP | {"num_hidden_layers": 4}  # the original code deletes the last block
 LONGVA = [[56 * a, 56 * b] for a in range(1, 8) for b in range(1, 8) if 1 < a * b <= 9]
-QWEN_LONG = QWEN2 | dict(rope_parameters=dict(rope_type="default", rope_theta=1e9))
+QWEN_LONG = QWEN2 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e9}}
 ORIGINALS = {
     "original_15": Original(
-        "LlavaLlama", LLAMA, dict(image_aspect_ratio="pad"), tower="outside", newline=False
+        "LlavaLlama", LLAMA, {"image_aspect_ratio": "pad"}, tower="outside", newline=False
     ),
     "original_16": Original(
         "LlavaLlama",
-        LLAMA | dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
-        ANYRES | dict(rope_scaling=dict(type="linear", factor=2.0), mm_newline_position="no_token"),
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        ANYRES | {"rope_scaling": {"type": "linear", "factor": 2.0}, "mm_newline_position": "no_token"},
     ),
     "original_16_mistral": Original(
         "LlavaMistral",
         MISTRAL,
         ANYRES  # Mistral's and Qwen's original classes ignore rope_scaling
-        | dict(rope_scaling=dict(type="linear", factor=4.0), image_grid_pinpoints=str(
-            [tuple(p) for p in ANYRES["image_grid_pinpoints"]])),
+        | {"rope_scaling": {"type": "linear", "factor": 4.0}, "image_grid_pinpoints": str(
+            [tuple(p) for p in ANYRES["image_grid_pinpoints"]])},
     ),
     "original_onevision": Original(
         "LlavaQwen", QWEN2,
-        dict(mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres_max_9",
-             image_grid_pinpoints="(1x1),...,(6x6)", mm_spatial_pool_mode="bilinear"),
+        {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres_max_9",
+             "image_grid_pinpoints": "(1x1),...,(6x6)", "mm_spatial_pool_mode": "bilinear"},
         SIGLIP_FULL,
     ),
     "original_video": Original(  # LLaVA-Video: a newline ends every row of every frame
         "LlavaQwen", QWEN2,
-        dict(mm_patch_merge_type="spatial_unpad", image_aspect_ratio="anyres_max_9",
-             image_grid_pinpoints="(1x1),...,(6x6)", mm_spatial_pool_mode="bilinear",
-             mm_spatial_pool_stride=2, mm_newline_position="grid"),
+        {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres_max_9",
+             "image_grid_pinpoints": "(1x1),...,(6x6)", "mm_spatial_pool_mode": "bilinear",
+             "mm_spatial_pool_stride": 2, "mm_newline_position": "grid"},
         SIGLIP_FULL,
     ),
     "original_longva": Original(
         "LlavaQwen", QWEN_LONG,
-        dict(mm_patch_merge_type="unires", image_aspect_ratio="anyres", image_grid_pinpoints=LONGVA),
+        {"mm_patch_merge_type": "unires", "image_aspect_ratio": "anyres", "image_grid_pinpoints": LONGVA},
         newline=False,
     ),
 }  # fmt: skip
@@ -107,14 +118,14 @@ def build_original(kind: str, folder: Path, seed: int = 0) -> Parts:
         gone = (last, "head.") if made.vision is SIGLIP_FULL else ("head.",)
         tensors |= {f"vision_tower.{k}": t for k, t in tower.items() if not k.startswith(gone)}
     save(rename(tensors, "original"), folder / "model.safetensors")
-    write_json(folder / "config.json", parts.config | dict(
-        mm_vision_tower=str(folder.with_name(folder.name + "-tower"))))  # fmt: skip
+    write_json(folder / "config.json", parts.config | {
+        "mm_vision_tower": str(folder.with_name(folder.name + "-tower"))})  # fmt: skip
     return parts
 
 
 def _modules(made: Original, size: int) -> Parts:
     decoder = made.name.removeprefix("Llava").replace("Qwen", "Qwen2")
-    fields = {k: v for k, v in made.text.items() if k != "model_type"} | dict(vocab_size=size)
+    fields = {k: v for k, v in made.text.items() if k != "model_type"} | {"vocab_size": size}
     llm = getattr(transformers, f"{decoder}ForCausalLM")(
         getattr(transformers, f"{decoder}Config")(**fields)
     )
@@ -144,7 +155,8 @@ def _write_tower(folder: Path, made: Original, tensors: dict[str, Tensor]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     kind = made.vision["model_type"].removesuffix("_vision_model")
     write_json(
-        folder / "config.json", dict(model_type=kind, text_config={}, vision_config=made.vision)
+        folder / "config.json",
+        {"model_type": kind, "text_config": {}, "vision_config": made.vision},
     )
     if made.tower == "outside":  # with the other half of CLIP and an old buffer, which nobody reads
         other = {
