@@ -2,13 +2,13 @@
 
 from .engine.engine import Engine, Piece
 from .engine.inputs import Inputs
-from .engine.load import load
+from .engine.load import demo_clip, load
 from .engine.run import Result
 from .errors import MediaError, ModelError, OutOfMemory, UsageError, ZipvlError
 from .policy import Plan, Policy, View, load_policy
 
 __version__ = "0.1.0"
 __all__ = [
-    "Engine", "Inputs", "MediaError", "ModelError", "OutOfMemory", "Piece", "Plan", "Policy", "Result",
-    "UsageError", "View", "ZipvlError", "load", "load_policy",
+    "Engine", "Inputs", "MediaError", "ModelError", "OutOfMemory", "Piece", "Plan", "Policy",
+    "Result", "UsageError", "View", "ZipvlError", "demo_clip", "load", "load_policy",
 ]  # fmt: skip

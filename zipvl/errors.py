@@ -16,7 +16,7 @@ class MediaError(ZipvlError):
 
 
 class UsageError(ZipvlError):
-    """An argument that makes no sense: unknown method, option out of range, markers without media."""
+    """An argument that makes no sense: unknown method, option out of range, stray marker."""
 
     code = 2
 

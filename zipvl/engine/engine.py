@@ -1,6 +1,6 @@
 """The engine: a loaded model that prepares prompts, prefills them and decodes answers.
 
-    load -> prepare (media and text to token ids) -> encode (vision) -> prefill -> decode, a token a step
+    load -> prepare (media and text to token ids) -> encode (vision) -> prefill -> decode
 
 Everything here is bookkeeping around three calls into the model: VLM.encode, Decoder.prefill and
 Decoder.decode. What a method keeps is decided by its policy inside the attention layer.
@@ -21,8 +21,16 @@ from ..model.tokens import join
 from ..model.vlm import VLM
 from ..policy import Policy, load_policy
 from .inputs import (
-    ImageSource, Inputs, Message, VideoSource, build_inputs, conversation, read_clip, read_image,
-)  # fmt: skip
+    ImageSource,
+    Inputs,
+    Message,
+    VideoSource,
+    as_videos,
+    build_inputs,
+    conversation,
+    read_clip,
+    read_image,
+)
 from .memory import memory_errors
 from .progress import Progress
 from .run import Result, Run
@@ -44,34 +52,48 @@ class Piece:
 class Engine:
     """A model, its tokenizer and an attention backend. One request or batch at a time."""
 
-    def __init__(self, model: VLM, chat: Chat, backend: str, attend: kernels.Attend, progress: Progress):
+    def __init__(
+        self, model: VLM, chat: Chat, backend: str, attend: kernels.Attend, progress: Progress
+    ):
         self.model, self.chat, self.config = model, chat, model.config
         self.backend, self.attend, self.progress = backend, attend, progress
         self.chunk = CHUNK.get(model.device.type)
 
-    def prepare(self, prompt: str | Sequence[Message], images: Sequence[ImageSource] = (),
-                video: VideoSource | Sequence[VideoSource] | None = None, frames: int | None = 32,
-                fps: float | None = None, start: float | None = None, end: float | None = None,
-                system: str | None = None) -> Inputs:  # fmt: skip
+    def prepare(
+        self,
+        prompt: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        video: VideoSource | Sequence[VideoSource] | None = None,
+        frames: int | None = 32,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        system: str | None = None,
+    ) -> Inputs:
         """Token ids of `prompt` with its media.
 
-        `prompt` is the user's text or a list of {"role", "content"} messages; `<image>` and `<video>`
-        in it place the media, else they come first. `video` is a path, uint8 [F, H, W, 3], or a list.
+        `prompt` is the user's text or a list of {"role", "content"} messages; `<image>` and
+        `<video>` in it place the media, else they come first. `video` is a path, uint8
+        [F, H, W, 3], or a list of these.
+        Media of an earlier Inputs are taken as they are, features included.
         `frames` uniformly spread, or at most so many at `fps`; between seconds `start` and `end`.
         Raises MediaError, UsageError, ModelError.
         """
         began = time.perf_counter()
-        videos = [] if video is None else list(video) if isinstance(video, list | tuple) else [video]
         pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
-        clips = [read_clip(v, self.config, self.progress, frames, fps, start, end) for v in videos]
+        clips = [
+            read_clip(v, self.config, self.progress, frames, fps, start, end)
+            for v in as_videos(video)
+        ]
         messages = conversation(prompt, system)
         seconds = time.perf_counter() - began
         return build_inputs(self.chat, self.config, messages, pictures, clips, seconds)
 
     @torch.inference_mode()
     def logits(self, inputs: Inputs | str, method: str | Policy = "dense",
-               images: Sequence[ImageSource] = (), video: VideoSource | None = None) -> Tensor:  # fmt: skip
-        """float32 [T, V] at every position; NaN at positions whose token left the stream (FastV)."""
+               images: Sequence[ImageSource] = (),
+               video: VideoSource | None = None) -> Tensor:  # fmt: skip
+        """float32 [T, V] at every position; NaN where the token left the stream (FastV)."""
         inputs = inputs if isinstance(inputs, Inputs) else self.prepare(inputs, images, video)
         out = self.prefill([inputs], load_policy(method), None, {})
         logits = self.model.logits(out.hidden)
@@ -90,12 +112,13 @@ class Engine:
         run = Run(self, batch, load_policy(method), Sampling(temperature, top_p, top_k, seed))
         for _ in run.steps(max_new_tokens, ignore_eos):
             pass
-        results = [run.result(b, str(method)) for b in range(len(batch))]
+        results = [run.result(b) for b in range(len(batch))]
         return results[0] if isinstance(inputs, Inputs) else results
 
-    def stream(self, inputs: Inputs | str, method: str | Policy = "zipvl", max_new_tokens: int = 256,
-               temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
-               ignore_eos: bool = False, images: Sequence[ImageSource] = (),
+    def stream(self, inputs: Inputs | str, method: str | Policy = "zipvl",
+               max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+               top_k: int = 0, seed: int = 0, ignore_eos: bool = False,
+               images: Sequence[ImageSource] = (),
                video: VideoSource | None = None) -> Iterator[Piece]:  # fmt: skip
         """Pieces of the answer as they are made; the last carries the Result."""
         inputs = inputs if isinstance(inputs, Inputs) else self.prepare(inputs, images, video)
@@ -103,7 +126,7 @@ class Engine:
         text = self.chat.detokenizer()
         for made in run.steps(max_new_tokens, ignore_eos):
             yield from (Piece(text.push(token), token) for _, token in made)
-        yield Piece(text.flush(), None, run.result(0, str(method)))
+        yield Piece(text.flush(), None, run.result(0))
 
     def encode(self, inputs: Inputs) -> list[Tensor]:
         """Features [tokens, C] of each medium, computed once and kept with the inputs."""
@@ -122,7 +145,10 @@ class Engine:
         with memory_errors(device, f"prefilling {sum(lengths)} tokens", advice):
             with clock("vision"):
                 features = [self.encode(i) for i in batch]
-            with clock("prefill"), self.progress("prefill layers", self.config.text.num_layers) as step:
+            with (
+                clock("prefill"),
+                self.progress("prefill layers", self.config.text.num_layers) as step,
+            ):
                 ids = [(i.input_ids.to(device), i.is_visual.to(device)) for i in batch]
                 x = join([model.embed(*i, f) for i, f in zip(ids, features, strict=True)])
                 positions = join([torch.arange(n, device=device) for n in lengths])

@@ -20,8 +20,6 @@ from ..vision.packing import count_tokens_image, count_tokens_video
 from ..vision.video import Clip, read_video
 from .progress import Progress
 
-ImageSource = str | os.PathLike | Image.Image
-VideoSource = str | os.PathLike | np.ndarray
 Message = dict[str, Any]
 
 
@@ -35,6 +33,10 @@ class Media:
     tokens: int
     clip: Clip | None = None  # which frames a video gave; its pixels are `crops`
     features: Tensor | None = None  # [tokens, C] once encoded, so that a second question is cheaper
+
+
+ImageSource = str | os.PathLike | Image.Image | Media
+VideoSource = str | os.PathLike | np.ndarray | Media
 
 
 @dataclass
@@ -52,7 +54,9 @@ class Inputs:
 
 
 def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
-    """A picture's crops and token count. Raises MediaError."""
+    """A picture's crops and token count; Media pass. Raises MediaError."""
+    if isinstance(source, Media):
+        return source
     pixels, geometry = crops(open_image(source), config.media, alone)
     tokens = count_tokens_image(geometry, config.media, config.vision)
     return Media("image", torch.from_numpy(pixels), geometry, tokens)
@@ -60,12 +64,23 @@ def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
 
 def read_clip(source: VideoSource, config: ModelConfig, progress: Progress, frames: int | None,
               fps: float | None, start: float | None, end: float | None) -> Media:  # fmt: skip
-    """A video's frames, resized as they are decoded, and its token count. Raises MediaError."""
+    """A video's frames, resized as they are decoded, and its token count; Media pass.
+
+    Raises MediaError, UsageError.
+    """
+    if isinstance(source, Media):
+        return source
     fit = partial(fit_frame, media=config.media)
     with progress("read frames", frames or 0) as step:
         clip = read_video(source, frames, fps, start, end, fit=fit, progress=step)
     tokens = count_tokens_video(len(clip.frames), config.media, config.vision)
     return Media("video", torch.from_numpy(clip.frames), None, tokens, clip)
+
+
+def as_videos(video: VideoSource | Sequence[VideoSource] | None) -> Sequence[VideoSource]:
+    if video is None:
+        return []
+    return video if isinstance(video, list | tuple) else [video]  # type: ignore[list-item]
 
 
 def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
@@ -75,12 +90,16 @@ def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Me
     return head + messages
 
 
-def place_media(messages: list[Message], images: int, videos: int) -> tuple[list[Message], list[str]]:
+def place_media(
+    messages: list[Message], images: int, videos: int
+) -> tuple[list[Message], list[str]]:
     """Messages with content parts, and the kinds of their media in order.
 
-    `<image>` and `<video>` in a user's text say where media go; a kind without any marker goes first
-    in the first user message. Raises UsageError when markers and media do not match.
+    `<image>` and `<video>` in a user's text say where media go; a kind without any marker goes
+    first in the first user message. Raises UsageError when markers and media do not match.
     """
+    if not any(m["content"] for m in messages) and not images + videos:
+        raise UsageError("the prompt is empty: give some text, a picture or a video")
     counts = {"image": images, "video": videos}
     text = "".join(m["content"] for m in messages if m["role"] == "user")
     first: list[dict] = []
@@ -89,7 +108,9 @@ def place_media(messages: list[Message], images: int, videos: int) -> tuple[list
         if marked == 0:
             first += [{"type": kind}] * given
         elif marked != given:
-            raise UsageError(f"the prompt has {marked} <{kind}> markers but {given} {kind}s were given")
+            raise UsageError(
+                f"the prompt has {marked} <{kind}> markers but {given} {kind}s were given"
+            )
     placed = []
     for message in messages:
         parts: list[dict] = [{"type": "text", "text": message["content"]}]
@@ -123,8 +144,6 @@ def build_inputs(chat: Chat, config: ModelConfig, messages: list[Message], image
             is_visual = False
         ids += run
         visual += [is_visual] * len(run)
-    if not ids:
-        raise UsageError("the prompt is empty: give some text, a picture or a video")
     inputs = Inputs(torch.tensor(ids), torch.tensor(visual), media, seconds)
     inputs.warnings += [m.clip.warning for m in media if m.clip and m.clip.warning]
     check_length(inputs, config)
@@ -135,11 +154,11 @@ def check_length(inputs: Inputs, config: ModelConfig) -> None:
     window = config.text.sliding_window
     if window and len(inputs) > window:
         raise ModelError(
-            f"the prompt has {len(inputs)} tokens, and this model's attention window is {window}, which "
-            "zipvl does not implement: use fewer frames or smaller pictures"
+            f"the prompt has {len(inputs)} tokens, and this model's attention window is {window}, "
+            "which zipvl does not implement: use fewer frames or smaller pictures"
         )
     if config.max_length and len(inputs) > config.max_length:
         inputs.warnings.append(
-            f"the prompt has {len(inputs)} tokens, the checkpoint was trained for {config.max_length}: "
-            "answers may degrade; fewer frames help"
+            f"the prompt has {len(inputs)} tokens, the checkpoint was trained for "
+            f"{config.max_length}: answers may degrade; fewer frames help"
         )

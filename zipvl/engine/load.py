@@ -13,17 +13,23 @@ from .engine import Engine
 from .memory import memory_errors
 from .progress import Progress
 
-DEMO = Path(__file__).parent.parent / "demo" / "model"
+DEMO = Path(__file__).parent.parent / "demo"
 
 
-def load(model: str | Path | None = None, device: str = "auto", dtype: str = "auto",
-         attn: str = "auto", template: str | None = None, show_progress: bool = False) -> Engine:  # fmt: skip
+def load(
+    model: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    attn: str = "auto",
+    template: str | None = None,
+    show_progress: bool = False,
+) -> Engine:
     """An Engine with the checkpoint `model` (folder or hub id; None: the bundled demo model).
 
     `dtype` auto is bfloat16 on CUDA, float32 on CPU and MPS. `attn` forces an attention backend,
     `template` a prompt template (a built-in name or a .jinja file). Raises ModelError, UsageError.
     """
-    folder = hub.resolve(DEMO if model is None else model)
+    folder = hub.resolve(DEMO / "model" if model is None else model)
     config = read_config(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
@@ -57,3 +63,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in names:
         raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(names)}")
     return names[dtype]
+
+
+def demo_clip() -> Path:
+    """The bundled clip that the demo model knows to answer about."""
+    return DEMO / "clip.mp4"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """`with progress("encode frames", 64) as step: step(16)`; shows nothing when `show` is False."""
+    """`with progress("encode frames", 64) as step: step(16)`; silent when `show` is False."""
 
     def __init__(self, show: bool = False):
         self.show = show

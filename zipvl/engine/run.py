@@ -56,7 +56,10 @@ class Run:
         for step in range(max_new_tokens):
             with clock("decode"):
                 logits[:, engine.chat.vocab_size :] = -torch.inf  # rows of padding, not tokens
-                new = [self.sampling.choose(row, generators[b]) for b, row in zip(live, logits, strict=True)]
+                new = [
+                    self.sampling.choose(row, generators[b])
+                    for b, row in zip(live, logits, strict=True)
+                ]
             stay = [i for i, token in enumerate(new) if token not in stops]
             for b in set(live) - {live[i] for i in stay}:
                 self.reasons[b] = "stop"
@@ -84,16 +87,18 @@ class Run:
         ends = pack.spans.edges[1:].long() - 1
         lengths = torch.tensor([len(i) for i in self.inputs], device=ends.device)
         if not torch.equal(pack.positions[ends], lengths - 1):
-            raise UsageError("the method dropped the prompt's last token, which makes the first answer token")
+            raise UsageError(
+                "the method dropped the prompt's last token, which makes the first answer token"
+            )
         logits = self.engine.model.logits(hidden[ends])
         if not torch.isfinite(logits).all():
             raise ModelError(
-                "the model's first logits are NaN or infinite: with float16 use --dtype bfloat16 or "
-                "float32; with those, the weights are damaged"
+                "the model's first logits are NaN or infinite: with float16 use --dtype bfloat16 "
+                "or float32; with those, the weights are damaged"
             )
         return logits
 
-    def result(self, sequence: int, method: str) -> Result:
+    def result(self, sequence: int) -> Result:
         """What sequence number `sequence` of the batch answered."""
         inputs, tokens, text = self.inputs[sequence], self.tokens[sequence], self.engine.config.text
         dtype = self.engine.model.dtype
@@ -107,7 +112,7 @@ class Run:
             tokens=tokens,
             finish_reason=self.reasons[sequence],
             stats=Stats(
-                method=method,
+                method=repr(self.policy),
                 prompt_tokens=len(inputs),
                 visual_tokens=int(inputs.is_visual.sum()),
                 new_tokens=len(tokens),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Seconds by name. On CUDA every reading waits for the device, so a stage pays for its own work."""
+    """Seconds by name. On CUDA a reading waits for the device, so a stage pays for its own work."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -84,7 +84,9 @@ class Stats:
     visual_tokens: int
     new_tokens: int
     batch: int
-    seconds: dict[str, float]  # video, vision, prefill, decode; prefill_probe, ... are parts of prefill
+    seconds: dict[
+        str, float
+    ]  # video, vision, prefill, decode; prefill_probe, ... are parts of prefill
     layers: list[dict[str, Any]]  # tokens, attended, cached, ratio, kv_bytes
     kv_bytes_dense: int  # what the same cache holds under dense attention
     peak_memory: int  # bytes: allocated on CUDA, resident set of the process elsewhere

@@ -5,8 +5,9 @@ Mirrors transformers' models/{llama,mistral,qwen2}/modeling_*.py; parameter name
 `decode` are the two halves of generation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -82,21 +83,32 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def blocks(self) -> Iterator[Block]:
+        yield from cast(Iterable[Block], self.layers)
+
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
         """Dense hidden states [sum T, C] of packed embeddings x [sum T, C]."""
         positions = join([torch.arange(n, device=x.device) for n in lengths])
         pack = Pack.build(lengths, positions, torch.zeros_like(positions) > 0, self.config, x.dtype)
         return self.prefill(x, pack, Policy(), attend_sdpa).hidden
 
-    def prefill(self, x: Tensor, pack: Pack, policy: Policy, attend: Attend, room: int | None = None,
-                chunk: int | None = None, progress: Callable[[LayerStats], None] | None = None) -> Prefilled:  # fmt: skip
+    def prefill(
+        self,
+        x: Tensor,
+        pack: Pack,
+        policy: Policy,
+        attend: Attend,
+        room: int | None = None,
+        chunk: int | None = None,
+        progress: Callable[[LayerStats], object] | None = None,
+    ) -> Prefilled:
         """All layers over packed embeddings x [sum T, C].
 
-        `room`: new tokens each cache must hold, None for no caches. `chunk`: rows of the MLP and the
-        norms at a time, so that their temporaries do not grow with T; None computes all at once.
+        `room`: new tokens each cache must hold, None for no caches. `chunk`: rows of the MLP and
+        the norms at a time, so that temporaries do not grow with T; None computes all at once.
         """
         caches, layers, clock = [], [], Clock(x.device)
-        for block in self.layers:
+        for block in self.blocks():
             with clock("rest"):
                 h = chunked(block.input_layernorm, x, chunk)
             h, plans, cache, stats = block.self_attn.prefill(h, pack, policy, attend, room, clock)
@@ -117,7 +129,7 @@ class Decoder(nn.Module):
                attend: Attend) -> Tensor:  # fmt: skip
         """One token per sequence: embeddings x [B, C] at `positions` [B] -> hidden [B, C]."""
         cos, sin = rope_table(positions, self.config, x.dtype)
-        for block, cache in zip(self.layers, caches, strict=True):
+        for block, cache in zip(self.blocks(), caches, strict=True):
             h = block.input_layernorm(x)
             x = x + block.self_attn.decode(h, positions, cos, sin, cache, policy, attend)
             x = block.feed_forward(x)

@@ -9,7 +9,7 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of `model`; a name like "owner/name" is fetched from the hub if it is no path."""
+    """The local folder of `model`; "owner/name" is fetched from the hub if it is no path."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -26,10 +26,12 @@ def fetch(repo: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelError(
-            f"{repo} is no local folder, and without the huggingface_hub package it cannot be fetched"
+            f"{repo} is no local folder, and fetching it needs the huggingface_hub package"
         ) from None
     try:
         return Path(snapshot_download(repo, allow_patterns=WANTED))
     except Exception as e:  # the library raises its own, requests' and urllib's errors
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(f"{repo} is no local folder and cannot be fetched from the hub: {reason}") from None
+        raise ModelError(
+            f"{repo} is no local folder and cannot be fetched from the hub: {reason}"
+        ) from None

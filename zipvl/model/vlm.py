@@ -13,7 +13,7 @@ from .decoder import Decoder
 
 
 class VLM(nn.Module):
-    """LLaVA-1.5, NeXT, NeXT-Video, OneVision or LongVA; parameter names as model/weights.py lists."""
+    """LLaVA-1.5, NeXT, NeXT-Video, OneVision or LongVA; parameter names as in model/weights.py."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -64,7 +64,9 @@ class VLM(nn.Module):
 
     def embed(self, input_ids: Tensor, is_visual: Tensor, features: list[Tensor]) -> Tensor:
         """Embeddings [T, C]: text from the table, visual tokens from `features`, in order."""
-        x = torch.empty(len(input_ids), self.config.text.hidden_size, dtype=self.dtype, device=self.device)
+        x = torch.empty(
+            len(input_ids), self.config.text.hidden_size, dtype=self.dtype, device=self.device
+        )
         x[~is_visual] = self.text.embed_tokens(input_ids[~is_visual])
         if features:
             x[is_visual] = torch.cat(features).to(x.dtype)

@@ -3,23 +3,23 @@
 Checkpoints spell the same tensor in five ways (old and new transformers, transformers 5 without
 `vision_model.`, the original code, a tower's own repository); one small table makes them one:
 
-    vision.*   projector.{0,2}.*   image_newline   text.{embed_tokens,layers.N,norm}.*   lm_head.weight
+    vision.*  projector.{0,2}.*  image_newline  text.{embed_tokens,layers.N,norm}.*  lm_head.weight
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig
 from ..errors import ModelError
+from .shards import read_tensors
 from .vlm import VLM
 
 SPELLINGS: list[tuple[str, str]] = [  # tried in order: tower names hold `layers.N` too
     (r"(?:.*\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)", r"vision.\1"),
+    (r"(?:.*\.)?mm_projector\.(weight|bias)", r"projector.0.\1"),
     (r"(?:.*\.)?mm_projector\.(.+)", r"projector.\1"),
     (r"(?:.*\.)?multi_modal_projector\.linear_1\.(.+)", r"projector.0.\1"),
     (r"(?:.*\.)?multi_modal_projector\.linear_2\.(.+)", r"projector.2.\1"),
@@ -32,7 +32,9 @@ TOWER_SPELLINGS = [(r"(?:vision_model\.)?(.+)", r"vision.\1")]
 UNUSED = r".*(rotary_emb\.inv_freq|embeddings\.position_ids)|vision\.(post_layernorm|head)\..*"
 
 
-def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> VLM:
+def load_weights(
+    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype
+) -> VLM:
     """The model of `config` with the weights of `folder` on `device` in `dtype`.
 
     Peak memory is the model plus one tensor. Raises ModelError that lists missing, unexpected and
@@ -43,7 +45,6 @@ def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype:
     missing = {name: p.shape for name, p in model.named_parameters()}
     unexpected: list[str] = []
     misshaped: list[str] = []
-    head: Tensor | None = None
     for name, tensor in read_tensors(folder, SPELLINGS):
         if name == "lm_head.weight" and config.text.tied:
             continue
@@ -51,7 +52,9 @@ def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype:
             if not ignorable(name, config):
                 unexpected.append(name)
         elif tensor.shape != missing[name]:
-            misshaped.append(f"{name} is {list(tensor.shape)}, config says {list(missing.pop(name))}")
+            misshaped.append(
+                f"{name} is {list(tensor.shape)}, config says {list(missing.pop(name))}"
+            )
         else:
             place(model, name, tensor, device, dtype)
             missing.pop(name)
@@ -63,14 +66,6 @@ def load_weights(config: ModelConfig, folder: Path, device: torch.device, dtype:
     return model.eval().requires_grad_(False)
 
 
-def canonical(name: str, spellings: list[tuple[str, str]]) -> str:
-    """The one name that this package uses for the tensor a file calls `name`."""
-    for pattern, replacement in spellings:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(replacement)
-    return name
-
-
 def ignorable(name: str, config: ModelConfig) -> bool:
     """Tensors that a checkpoint may hold and the model does not use."""
     block = re.match(r"vision\.encoder\.layers\.(\d+)\.", name)
@@ -79,7 +74,7 @@ def ignorable(name: str, config: ModelConfig) -> bool:
     return name == "image_newline" or re.fullmatch(UNUSED, name) is not None
 
 
-def place(model: nn.Module, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+def place(model: VLM, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """Makes `tensor` the parameter `name`, in memory of its own (not the file's)."""
     path, _, leaf = name.rpartition(".")
     own = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -129,71 +124,3 @@ def report(folder: Path, missing: list[str], unexpected: list[str], misshaped: l
     ]
     if listed:
         raise ModelError(f"the weights in {folder} do not fit its config.json: {'; '.join(listed)}")
-
-
-def read_tensors(folder: Path, spellings: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files as (canonical name, tensor), one at a time.
-
-    A tensor is a view of the mapped file: copy it before asking for the next.
-    """
-    seen: dict[str, str] = {}
-    for path in weight_files(folder):
-        with open_safetensors(path) as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
-                known = canonical(name, spellings)
-                if known in seen:
-                    raise ModelError(f"{path} holds {name} a second time (first in {seen[known]})")
-                seen[known] = path.name
-                yield known, file.get_tensor(name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, else all there are."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ModelError(f"{index} has no weight_map: download the file again")
-        shards = sorted({inside(index, name) for name in names.values()})
-        if gone := [path.name for path in shards if not path.is_file()]:
-            raise ModelError(f"{index} names shards that are missing: {', '.join(gone[:10])}")
-        return shards
-    if files := sorted(folder.glob("*.safetensors")):
-        return files
-    pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
-    hint = f" (only {pickles[0]}, a pickle, which can run code)" if pickles else ""
-    raise ModelError(
-        f"{folder} holds no .safetensors file{hint}: get a safetensors revision of the checkpoint, or "
-        "convert it on a machine you trust"
-    )
-
-
-def inside(index: Path, name: object) -> Path:
-    """The shard `name` of an index, which must be a plain file name of the index's own folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-        raise ModelError(f"{index} names {name!r}, which is not a .safetensors file of its own folder")
-    path = index.parent / name
-    home = index.parent.resolve()
-    if home.parent.name == "snapshots":  # a hub cache keeps files in blobs/ and links to them
-        home = home.parent.parent
-    if path.exists() and not path.resolve().is_relative_to(home):
-        raise ModelError(f"{path} is a link that leads out of the checkpoint's folder: copy the file")
-    return path
-
-
-def open_safetensors(path: Path) -> safe_open:
-    """safe_open with the usual wrong files named for what they are."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as e:
-        with path.open("rb") as file:
-            start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            hint = "it is a git-lfs pointer, not the weights: run `git lfs pull` in that folder"
-        elif not start:
-            hint = "it is empty: download it again"
-        elif start.lstrip()[:1] == b"<":
-            hint = "it is an HTML page, not the weights: download it again"
-        else:
-            hint = f"{e}: download it again"
-        raise ModelError(f"{path} is not a readable safetensors file: {hint}") from None

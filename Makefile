@@ -1,0 +1,18 @@
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint type bench clean
+$(VENV)/ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV) && $(RUN) -m pip install -q $$(grep ^torch== constraints.txt) && $(RUN) -m pip install -q -c constraints.txt -e .[dev,plot] && touch $@
+demo: $(VENV)/ready
+	$(RUN) generate.py -p "What happens in the video?" --max-new-tokens 64 --stats
+test: $(VENV)/ready
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest
+lint: $(VENV)/ready
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+type: $(VENV)/ready
+	$(RUN) -m mypy
+bench: $(VENV)/ready
+	OMP_WAIT_POLICY=passive $(RUN) bench.py
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,163 @@
+"""What the command line prints: answers and JSON on stdout, everything else on stderr."""
+
+import argparse
+import json
+import platform
+import sys
+
+import torch
+
+from .engine.engine import Engine
+from .engine.inputs import Inputs, Message
+from .engine.run import Result
+from .errors import ZipvlError
+from .policy import Policy
+from .summary import summary
+
+HELP = (
+    "/image FILE and /video FILE add media; /clear forgets the talk; "
+    "/stats shows the last answer's statistics; /quit leaves"
+)
+
+
+def say(text: str = "") -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Session:
+    """One engine, its media and options, asked once or in a chat."""
+
+    def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace):
+        self.engine, self.policy, self.args = engine, policy, args
+        self.images, self.videos = list(args.image), list(args.video)
+        self.known: Inputs | None = None  # the last prompt: its media need no second reading
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+    def prepare(self, prompt: str | list[Message]) -> Inputs:
+        args, images, videos = self.args, self.images, self.videos
+        if self.known:
+            images = [m for m in self.known.media if m.kind == "image"]
+            videos = [m for m in self.known.media if m.kind == "video"]
+        self.known = self.engine.prepare(
+            prompt, images, videos, args.frames, args.fps, args.start, args.end, args.system
+        )
+        if not args.quiet:
+            say(headline(self.engine, self.policy, self.known))
+            for warning in self.known.warnings:
+                say(f"warning: {warning}")
+        return self.known
+
+    def answer(self, inputs: Inputs) -> tuple[str, list[int], Result | None]:
+        """Streams one answer; (text, tokens, None) when Ctrl-C ended it."""
+        a, text, tokens = self.args, "", []
+        pieces = self.engine.stream(
+            inputs, self.policy, a.max_new_tokens, a.temperature, a.top_p, a.top_k, a.seed
+        )
+        result = None
+        try:
+            for piece in pieces:
+                text += piece.text
+                tokens += [] if piece.token is None else [piece.token]
+                result = piece.result
+                if not a.json:
+                    print(piece.text, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        if not a.json:
+            print(flush=True)
+        return text, tokens, result
+
+    def ask(self, prompt: str) -> int:
+        """One question; returns the exit code."""
+        inputs = self.prepare(prompt)
+        text, tokens, result = self.answer(inputs)
+        if self.args.json:
+            print(
+                json.dumps(as_json(self.engine, self.args, inputs, text, tokens, result)),
+                flush=True,
+            )
+        if result and self.args.stats:
+            say(summary(result.stats))
+        return 0 if result else 130
+
+    def chat(self) -> int:
+        """Questions about the same media until /quit or end of input."""
+        say(HELP)
+        talk: list[Message] = []
+        last: Result | None = None
+        while True:
+            try:
+                line = read_line()
+            except EOFError:
+                return 0
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return 0
+            if command == "/clear":
+                talk = []
+            elif command == "/stats":
+                say(summary(last.stats) if last else "nothing asked yet")
+            elif command in ("/image", "/video") and rest:
+                (self.images if command == "/image" else self.videos).append(rest.strip())
+                self.known, talk = None, []
+            elif line.startswith("/"):
+                say(HELP)
+            elif line:
+                asked = [*talk, {"role": "user", "content": line}]
+                try:
+                    text, _, result = self.answer(self.prepare(asked))
+                except ZipvlError as e:
+                    say(f"error: {e}")
+                    continue
+                last = result or last
+                talk = [*asked, {"role": "assistant", "content": text}]
+
+
+def read_line() -> str:
+    """A line from the user; the prompt goes to stderr when stdout is not the terminal."""
+    if sys.stdout.isatty():
+        return input("> ").strip()
+    print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.strip()
+
+
+def headline(engine: Engine, policy: Policy, inputs: Inputs) -> str:
+    """One line: the effective configuration."""
+    config, dtype = engine.config, str(engine.model.dtype).removeprefix("torch.")
+    clips = [m.clip for m in inputs.media if m.clip]
+    spans = [f"{len(c.indices)} frames, {c.times[0]:.1f} to {c.times[-1]:.1f} s" for c in clips]
+    tokens = f"{len(inputs)} tokens, {int(inputs.is_visual.sum())} visual"
+    machine = f"{dtype} on {engine.model.device}, {engine.backend}"
+    model = f"{config.family} ({config.layout} layout), {machine}"
+    return "; ".join([model, *spans, tokens, repr(policy)])
+
+
+def as_json(engine: Engine, args: argparse.Namespace, inputs: Inputs, text: str, tokens: list[int],
+            result: Result | None) -> dict:  # fmt: skip
+    """The run as plain JSON; `stats` is null when Ctrl-C ended it."""
+    return {
+        "text": text,
+        "finish_reason": result.finish_reason if result else "interrupted",
+        "tokens": tokens,
+        "usage": {
+            "prompt_tokens": len(inputs),
+            "visual_tokens": int(inputs.is_visual.sum()),
+            "completion_tokens": len(tokens),
+            "total_tokens": len(inputs) + len(tokens),
+        },
+        "stats": result.stats.to_dict() if result else None,
+        "warnings": inputs.warnings,
+        "env": {
+            "model": args.model or "demo",
+            "device": str(engine.model.device),
+            "dtype": str(engine.model.dtype).removeprefix("torch."),
+            "attention": engine.backend,
+            "seed": args.seed,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
