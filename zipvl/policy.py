@@ -1,8 +1,8 @@
 """The one interface a method implements: it looks at a View and answers with a Plan.
 
 The policy decides, the attention layer (model/attention.py) computes, the cache (engine/cache.py)
-stores. A policy holds its options and nothing else: what a method must remember between decode
-steps lives in the `state` dict of the sequence's cache and dies with it.
+stores. A policy holds its options and nothing else: what a method must remember between layers or
+decode steps lives in the `state` dict of the sequence and dies with it.
 
 T tokens, H query heads, G key/value heads, D head size, P probe rows, K kept tokens.
 """
@@ -10,8 +10,9 @@ T tokens, H query heads, G key/value heads, D head size, P probe rows, K kept to
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,28 +22,37 @@ from torch import Tensor
 from .errors import UsageError
 
 METHODS = {
-    "dense": "zipvl.policy:Policy",
+    "dense": "zipvl.policies.dense:Dense",
     "zipvl": "zipvl.policies.zipvl:ZipVL",
     "zipvl+": "zipvl.policies.zipvl:ZipVLPlus",
+    "fixed": "zipvl.policies.fixed:Fixed",
+    "random": "zipvl.policies.random:Random",
+    "fastv": "zipvl.policies.fastv:FastV",
+    "streaming": "zipvl.policies.streaming:StreamingLLM",
+    "h2o": "zipvl.policies.h2o:H2O",
+    "snapkv": "zipvl.policies.snapkv:SnapKV",
 }
+FILLS = ("zero", "previous", "own")
 
 
 @dataclass(frozen=True)
 class View:
-    """What a policy may look at: one layer of one sequence, after RoPE. Read-only.
+    """What a policy may look at: one layer of one sequence, after RoPE. Read-only but for `state`.
 
-    `q` and `v` are projected when first read, so a method that reads neither pays for neither.
-    """
+    `q` and `v` are projected when first read: a method that reads neither pays for neither."""
 
     layer: int  # 0 .. num_layers - 1
     num_layers: int
     k: Tensor  # [G, T, D]
-    positions: Tensor  # [T] place of each token in the prompt; all of 0..T-1 unless tokens were dropped
+    positions: (
+        Tensor  # [T] place of each token in the prompt; all of 0..T-1 unless tokens were dropped
+    )
     is_visual: Tensor  # [T] bool, image and video tokens
     project_q: Callable[[], Tensor]
     project_v: Callable[[], Tensor]
     mass: Tensor | None = None  # [H, T] float32, attention each token receives from the probe rows
     seen: Tensor | None = None  # [T]   how many probe rows can see each token
+    state: dict = field(default_factory=dict)  # the sequence's notes: one dict for all its layers
 
     @property
     def length(self) -> int:
@@ -71,11 +81,19 @@ class Plan:
     #   previous  the output of the nearest earlier token in `attend`
     #   own       their own queries over the keys of `attend` (costs r of dense instead of r^2)
 
+    def __post_init__(self) -> None:
+        if self.fill not in FILLS:
+            raise UsageError(f"a Plan's fill is {self.fill!r}: use one of {', '.join(FILLS)}")
+
 
 class Policy:
     """Dense attention with a full cache; a method overrides what it changes."""
 
     watch_decode = False  # True: evict() also receives each step's attention probabilities
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
 
     def probe(self, view: View) -> Tensor | None:
         """Rows [P], sorted, whose attention the method wants to see; None: it needs none."""
@@ -88,13 +106,14 @@ class Policy:
     def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
         """Called after each decode step: `slots` tokens are cached, `probs` [G, slots] if watched.
 
+        `state` is the dict that plan() saw as view.state; each layer writes under its own key.
         Returns the slots to keep, sorted, [N] or [G, N]; None keeps all.
         """
         return None
 
 
 def load_policy(method: "str | Policy", **options: Any) -> Policy:
-    """`zipvl`, `zipvl:tau=0.96,recent=32`, `my_file.py:Class`, `my_file.py:Class:tau=0.9`, or a Policy.
+    """`zipvl`, `zipvl:tau=0.96,recent=32`, `my.py:Class`, `my.py:Class:tau=0.9`, or a Policy.
 
     `options` override what the string says; those that are None count as not given.
     Raises UsageError that lists the valid names or options.
@@ -117,9 +136,9 @@ def load_policy(method: "str | Policy", **options: Any) -> Policy:
     valid = inspect.signature(cls).parameters
     if unknown := given.keys() - valid.keys():
         listed = ", ".join(f"{p.name}={p.default}" for p in valid.values()) or "none"
-        raise UsageError(f"method {head!r} has no option {sorted(unknown)[0]!r}: it takes {listed}")
+        raise UsageError(f"method {head!r} has no option {min(unknown)!r}: it takes {listed}")
     try:
-        return cls(**given)
+        return cls(**{name: _fit(value, valid[name]) for name, value in given.items()})
     except (TypeError, ValueError) as e:
         raise UsageError(f"method {method!r}: {e}") from None
 
@@ -136,17 +155,36 @@ def _parse(item: str, method: str) -> tuple[str, Any]:
     return key.strip(), value.strip()
 
 
+def _fit(value: Any, option: inspect.Parameter) -> Any:
+    """`value` if it is of the kind of the option's default; a whole number also fits a float."""
+    wanted = {int: "a whole number", float: "a number", str: "a name"}.get(type(option.default))
+    if wanted is None or isinstance(value, type(option.default)):
+        return value
+    if isinstance(option.default, float) and isinstance(value, int):
+        return float(value)
+    raise ValueError(f"{option.name} is {value!r}: give {wanted}, such as {option.default}")
+
+
 def _from_file(path: Path, name: str) -> type[Policy]:
     if not path.is_file():
-        raise UsageError(f"method file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+        raise UsageError(
+            f"method file {path} does not exist: check the path before the first colon"
+        )
+    spec = importlib.util.spec_from_file_location(f"zipvl_method_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
     except Exception as e:  # the user's own file: any mistake in it ends up here
-        raise UsageError(f"method file {path} cannot be imported: {type(e).__name__}: {e}") from None
-    cls = getattr(module, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Policy)):
-        raise UsageError(f"method file {path} has no Policy class {name!r}: write {path}:ClassName")
-    return cls
+        why = f"{type(e).__name__}: {e}"
+        raise UsageError(f"method file {path} cannot be imported ({why}): correct it") from None
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Policy)]
+    found = {c.__name__: c for c in classes if c.__module__ == module.__name__}
+    if name not in found:
+        known = f"it has {', '.join(found)}" if found else "it has no Policy class"
+        raise UsageError(
+            f"method file {path} has no method {name!r}: {known}; write {path}:ClassName"
+        )
+    return found[name]

@@ -17,13 +17,15 @@ from ..model.kernels import Spans
 class LayerCache:
     """Keys and values of one layer for a batch of sequences."""
 
-    def __init__(self, k: list[Tensor], v: list[Tensor], positions: list[Tensor], room: int):
-        """k, v: one [K, G, D] per sequence; positions: one [K] or [K, G] each; `room` new tokens."""
+    def __init__(self, k: list[Tensor], v: list[Tensor], positions: list[Tensor], room: int,
+                 state: list[dict]):  # fmt: skip
+        """k, v: one [K, G, D] per sequence; positions: one [K] or [K, G] each; `room` new tokens;
+        `state`: the policy's notes, one dict a sequence, which all layers share."""
         self.spans = Spans([len(t) for t in k], k[0].device, room)
         shape = (self.spans.total, *k[0].shape[1:])
         self.k, self.v = k[0].new_empty(shape), v[0].new_empty(shape)
         self.positions = positions[0].new_full(shape[:2], -1)  # [slots, G]
-        self.state: list[dict] = [{} for _ in k]  # a policy's own notes, one dict a sequence
+        self.state = state
         for at, *new in zip(self.spans.slices(), k, v, positions, strict=True):
             self._write(at, *new)
 
@@ -54,9 +56,8 @@ class LayerCache:
         """The cache of the sequences in `keep`, when others have finished."""
         k, v, positions = zip(*(self.view(i) for i in keep), strict=True)
         free = min(self.spans.capacity[i] - self.spans.lengths[i] for i in keep)
-        smaller = LayerCache(list(k), list(v), list(positions), free)
-        smaller.state = [self.state[i] for i in keep]
-        return smaller
+        state = [self.state[i] for i in keep]
+        return LayerCache(list(k), list(v), list(positions), free, state)
 
     def sequence_bytes(self) -> list[int]:
         """Bytes of each sequence's slots, filled and free; they add up to `nbytes`."""
@@ -70,7 +71,7 @@ class LayerCache:
 
 
 def select(x: Tensor, index: Tensor | None) -> Tensor:
-    """Tokens `index` of x [T, G, ...]: None all of them, [K] the same for all heads, [G, K] per head."""
+    """Tokens `index` of x [T, G, ...]: None all, [K] the same for all heads, [G, K] per head."""
     if index is None:
         return x
     if index.ndim == 1:

@@ -21,41 +21,20 @@ kept tokens, values for kept and cached ones, the output projection for kept one
 projects everything; the result is the same (tests/test_attention.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..engine.cache import LayerCache, select
+from ..engine.cache import LayerCache
 from ..engine.stats import Clock, LayerStats
 from ..policy import Plan, Policy, View
 from .kernels import Attend, Spans, attend_kept, attend_row
-from .rope import rope_table, rotate
+from .pack import Pack
+from .rope import rotate
 from .scores import count_seen, probe_mass
-from .tokens import join, lookup, needed, spread
-
-
-@dataclass(frozen=True)
-class Pack:
-    """What goes with the hidden states of a packed batch through the layers."""
-
-    spans: Spans
-    positions: Tensor  # [sum T] place of each token in its own prompt
-    is_visual: Tensor  # [sum T] bool
-    cos: Tensor  # [sum T, 1, D/2]
-    sin: Tensor
-
-    @classmethod
-    def build(cls, lengths: list[int], positions: Tensor, is_visual: Tensor, config: TextConfig,
-              dtype: torch.dtype) -> "Pack":  # fmt: skip
-        cos, sin = rope_table(positions, config, dtype)
-        return cls(Spans(lengths, positions.device), positions, is_visual, cos, sin)
-
-    def take(self, rows: Tensor, lengths: list[int]) -> "Pack":
-        """The pack of `rows` [sum K''] only; positions stay the original ones."""
-        spans = Spans(lengths, rows.device)
-        return Pack(spans, self.positions[rows], self.is_visual[rows], self.cos[rows], self.sin[rows])
+from .tokens import compact, join, lookup, needed, spread
 
 
 class Attention(nn.Module):
@@ -81,7 +60,7 @@ class Attention(nn.Module):
         return rotate(k, pack.cos, pack.sin)
 
     def values(self, x: Tensor, pack: Pack, needs: list[Tensor | None]) -> tuple[Tensor, Spans]:
-        """Values of the `needs` tokens of each sequence, [sum needed, G, D], and where each lies."""
+        """Values of the `needs` tokens of each sequence, [sum needed, G, D], and their spans."""
         if all(need is None for need in needs):
             return self.v_proj(x).unflatten(-1, (-1, self.config.head_dim)), pack.spans
         spans = pack.spans
@@ -92,15 +71,16 @@ class Attention(nn.Module):
         v = self.v_proj(x[join(rows)]).unflatten(-1, (-1, self.config.head_dim))
         return v, Spans([len(r) for r in rows], x.device)
 
-    def prefill(self, x: Tensor, pack: Pack, policy: Policy, attend: Attend, room: int | None,
-                clock: Clock) -> tuple[Tensor, list[Plan], LayerCache | None, LayerStats]:  # fmt: skip
+    def prefill(
+        self, x: Tensor, pack: Pack, policy: Policy, attend: Attend, room: int | None, clock: Clock
+    ) -> tuple[Tensor, list[Plan], LayerCache | None, LayerStats]:
         """One layer over a packed batch: x [sum T, C] -> attention output [sum T, C].
 
         `room` is how many new tokens the cache must hold; None builds no cache.
         """
         with clock("rest"):
             k = self.keys(x, pack)  # [sum T, G, D]
-        plans = [self.plan(x, k, pack, at, policy, clock) for at in pack.spans.slices()]
+        plans = [self.plan(x, k, pack, b, policy, clock) for b in range(len(pack.spans))]
         with clock("rest"):
             needs = [plan.attend if room is None else needed(plan) for plan in plans]
             v, v_spans = self.values(x, pack, needs)  # [sum needed, G, D]
@@ -116,8 +96,9 @@ class Attention(nn.Module):
                 cache = compact(k, v, v_spans, needs, pack, plans, room)
         return out, plans, cache, LayerStats.of(pack.spans.lengths, plans, cache, clock.pop())
 
-    def plan(self, x: Tensor, k: Tensor, pack: Pack, at: slice, policy: Policy, clock: Clock) -> Plan:
-        """Steps 1 to 3 for the sequence that lies at `at` in the batch."""
+    def plan(self, x: Tensor, k: Tensor, pack: Pack, b: int, policy: Policy, clock: Clock) -> Plan:
+        """Steps 1 to 3 for sequence number `b` of the batch."""
+        at = pack.spans.slices()[b]
         view = View(
             layer=self.layer,
             num_layers=self.config.num_layers,
@@ -125,14 +106,19 @@ class Attention(nn.Module):
             positions=pack.positions[at],
             is_visual=pack.is_visual[at],
             project_q=lambda: self.queries(x, pack, at).transpose(0, 1),
-            project_v=lambda: self.v_proj(x[at]).unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1),
+            project_v=lambda: (
+                self.v_proj(x[at]).unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
+            ),
+            state=pack.state[b],
         )
         with clock("probe"):
             rows = policy.probe(view)
             if rows is not None:
                 rows = rows.to(x.device)
                 q = self.queries(x, pack, rows + at.start)  # [P, H, D]
-                view = replace(view, mass=probe_mass(q, k[at], rows), seen=count_seen(rows, view.length))
+                view = replace(
+                    view, mass=probe_mass(q, k[at], rows), seen=count_seen(rows, view.length)
+                )
         with clock("select"):
             return policy.plan(view)
 
@@ -152,10 +138,14 @@ class Attention(nn.Module):
         if any(p.fill == "own" for p in plans):
             q = self.queries(x, pack, slice(None))
             parts = [
-                attend_kept(q[at], k[at][i], v, i)
+                attend_kept(q[at], k[at][i], v, i).flatten(1)
                 for at, v, i in zip(pack.spans.slices(), vs, kept, strict=True)
             ]
-            return self.o_proj(join(parts).flatten(1))
+            parts = [
+                o if p.fill == "own" else spread(o[i], i, len(o), p.fill)
+                for o, i, p in zip(parts, kept, plans, strict=True)
+            ]
+            return self.o_proj(join(parts))
         q = self.queries(x, pack, rows)  # [sum K, H, D]
         o = self.o_proj(attend(q, k[rows], join(vs), spans, spans).flatten(1))  # [sum K, C]
         parts = [
@@ -166,7 +156,7 @@ class Attention(nn.Module):
 
     def decode(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache,
                policy: Policy, attend: Attend) -> Tensor:  # fmt: skip
-        """One new token per sequence: x [B, C] at `positions` [B] -> [B, C]; the cache grows by one."""
+        """A new token per sequence: x [B, C] at `positions` [B] -> [B, C]; the cache grows."""
         D = self.config.head_dim
         q = rotate(self.q_proj(x).unflatten(-1, (-1, D)), cos, sin)  # [B, H, D]
         k = rotate(self.k_proj(x).unflatten(-1, (-1, D)), cos, sin)  # [B, G, D]
@@ -189,19 +179,3 @@ class Attention(nn.Module):
             slots = policy.evict(self.layer, cache.spans.lengths[b], cache.state[b], p)
             if slots is not None:
                 cache.keep(b, slots)
-
-
-def compact(k: Tensor, v: Tensor, v_spans: Spans, needs: list[Tensor | None], pack: Pack,
-            plans: list[Plan], room: int) -> LayerCache:  # fmt: skip
-    """Step 5: a cache that holds the planned tokens of each sequence and room for `room` more."""
-    slices = pack.spans.slices()
-    heads = (-1, k.shape[1])
-    return LayerCache(
-        [select(k[at], p.cache) for at, p in zip(slices, plans, strict=True)],
-        [
-            lookup(v[b], need, p.cache)
-            for b, need, p in zip(v_spans.slices(), needs, plans, strict=True)
-        ],
-        [select(pack.positions[at, None].expand(heads), p.cache) for at, p in zip(slices, plans, strict=True)],
-        room,
-    )

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..engine.cache import select
+from ..engine.cache import LayerCache, select
 from ..policy import Plan
+from .kernels import Spans
+from .pack import Pack
 
 
 def needed(plan: Plan) -> Tensor | None:
-    """Tokens whose values somebody reads: those that attend and those that are cached; None: all."""
+    """Tokens whose values somebody reads: those that attend or are cached; None: all."""
     if plan.attend is None or plan.cache is None:
         return None
     if plan.cache is plan.attend:
@@ -36,3 +38,21 @@ def spread(o: Tensor, index: Tensor, length: int, fill: str) -> Tensor:
 
 def join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def compact(k: Tensor, v: Tensor, v_spans: Spans, needs: list[Tensor | None], pack: Pack,
+            plans: list[Plan], room: int) -> LayerCache:  # fmt: skip
+    """A cache of exactly the planned tokens of each sequence, with room for `room` more.
+
+    k [sum T, G, D] holds all tokens; v [sum needed, G, D] only `needs`, at `v_spans`.
+    """
+    at, kept = pack.spans.slices(), [plan.cache for plan in plans]
+    some = zip(v_spans.slices(), needs, kept, strict=True)
+    positions = pack.positions[:, None].expand(-1, k.shape[1])  # [sum T, G]
+    return LayerCache(
+        [select(k[a], index) for a, index in zip(at, kept, strict=True)],
+        [lookup(v[a], need, index) for a, need, index in some],
+        [select(positions[a], index) for a, index in zip(at, kept, strict=True)],
+        room,
+        pack.state,
+    )

@@ -6,18 +6,17 @@ Where the paper is silent or is not followed:
   threshold  on probe rows the total mass is their number, so Eq. 6 compares with tau x the total
   heads      one set a layer, from the mean over query heads
   always     text keeps the prompt's text tokens in every layer (a token left out attends to nothing
-             there, and the question must); last keeps the last token only; none is the paper's letter
-  divisor    nnz of Eq. 7 counts probe rows; `all` divides by n - j, as the authors' ZipCache code does
+             there, and the question must); last keeps the last token; none is the paper's letter
+  divisor    nnz of Eq. 7 counts probe rows; `all` divides by n - j, as the authors' ZipCache code
 """
 
 import torch
 from torch import Tensor
 
-from ..policy import Plan, Policy, View
+from ..policy import FILLS, Plan, Policy, View
 
 ALWAYS = ("text", "last", "none")
 DIVISORS = ("probes", "all", "none")
-FILLS = ("zero", "previous", "own")
 
 
 class ZipVL(Policy):
@@ -43,12 +42,11 @@ class ZipVL(Policy):
         return torch.cat((some, torch.arange(old, view.length)))
 
     def plan(self, view: View) -> Plan:
-        if self.keeps_all() or view.mass is None or view.seen is None:
+        if self.keeps_all() or view.mass is None:
             return Plan()
         mass = view.mass.mean(0)  # [T]  Eq. 5, mean over heads
         p = self.budget(mass)
-        score = mass / self.columns(view)  # [T]  Eq. 7
-        best = score.sort(descending=True, stable=True).indices[:p]  # [p]  Eq. 8
+        best = self.score(view, mass).sort(descending=True, stable=True).indices[:p]  # [p]  Eq. 8
         kept = self.forced(view)
         kept[best] = True
         index = kept.nonzero()[:, 0]
@@ -62,11 +60,17 @@ class ZipVL(Policy):
         largest = mass.double().sort(descending=True).values.cumsum(0)
         return min(len(mass), int((largest < self.tau * largest[-1]).sum()) + 1)
 
+    def score(self, view: View, mass: Tensor) -> Tensor:
+        """Eq. 7: mass [T] over `columns`, so that early tokens gain nothing by being seen often."""
+        return mass / self.columns(view)
+
     def columns(self, view: View) -> Tensor:
-        """[T]: what a token's mass is divided by, so that early tokens gain nothing by being seen often."""
+        """[T]: how many rows could look at each token."""
         if self.divisor == "all":
             return torch.arange(view.length, 0, -1, device=view.k.device)
-        return view.seen.clamp(min=1) if self.divisor == "probes" else torch.ones_like(view.seen)
+        if self.divisor == "none" or view.seen is None:
+            return torch.ones_like(view.positions)
+        return view.seen.clamp(min=1)
 
     def forced(self, view: View) -> Tensor:
         """[T] bool: tokens that stay whatever their score."""
