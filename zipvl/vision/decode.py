@@ -4,14 +4,21 @@ decord believes a file's header and hangs for ever when there are fewer frames t
 it is asked only where `Index.plain` holds, and whatever it finds damaged is read again by PyAV.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+import ctypes
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from ..errors import MediaError
 from .video_index import Index, frames_of, opened, seek
+
+FFMPEG_ERROR = 16  # AV_LOG_ERROR; lower is worse
+ONE_LISTENER = Lock()  # FFmpeg's log callback is one for the whole process
+
+Frames = Generator[tuple[np.ndarray, bool], None, None]  # uint8 [h, w, 3], is it intact
 
 
 def _upright(frame: Any, size: tuple[int, int]) -> np.ndarray:
@@ -35,32 +42,38 @@ def _from_key(container: Any, stream: Any, keys: np.ndarray, want: int) -> Itera
         first = next(frames, None)
         if first is not None and first.pts is not None and first.pts <= want:
             break
-    yield from chain([] if first is None else [first], frames)
+    yield first
+    yield from frames
 
 
-def pyav_frames(index: Index, targets: list[int]) -> Iterator[tuple[np.ndarray, bool]]:
-    """(picture, intact) of each target, ascending; for a lost one the next, or else the last."""
+def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
+    """The targets, ascending; in a lost one's place the frame after it, or else the last."""
     with opened(index.path) as (container, stream):
+        stream.thread_type = threads
         size = stream.codec_context.width, stream.codec_context.height
         source = enumerate(frames_of(container, stream))
-        frame, at = None, int(index.ticks[0]) - 1
+        frame, at, hurt = None, int(index.ticks[0]) - 1, False
         for want in targets if index.counted else index.ticks[targets].tolist():
             keys = index.keys[index.keys <= want]
             if len(keys) and at < keys[-1] and keys[-1] > index.ticks[0]:
                 source = enumerate(_from_key(container, stream, keys, want))
             while frame is None or at < want:
-                rank, following = next(source, (0, None))
-                if following is None:
+                rank, following = next(source, (None, None))
+                if rank is None:
                     break
+                if following is None:
+                    hurt = True  # and so are the frames that build on this one, up to a keyframe
+                    continue
                 frame, stamp = following, rank if index.counted else following.pts
                 at = at if stamp is None else stamp
+                hurt = frame.is_corrupt or (hurt and not frame.key_frame)
             if frame is None:
-                raise MediaError(f"{index.path} has no frame that decodes: download it again")
-            yield _upright(frame, size), at == want and not frame.is_corrupt
+                return
+            yield _upright(frame, size), at == want and not hurt
 
 
 def _same_colours(index: Index) -> bool:
-    """Whether decord gives the pixels PyAV gives: 8-bit 4:2:0 of even size, progressive, upright."""
+    """Whether decord gives the pixels PyAV gives: even 8-bit 4:2:0, progressive, upright."""
     with opened(index.path) as (container, stream):
         frame = next(frames_of(container, stream), None)
         return (
@@ -71,19 +84,53 @@ def _same_colours(index: Index) -> bool:
         )
 
 
-def decord_frames(index: Index, targets: list[int]) -> Iterator[np.ndarray]:
-    """Pictures of the targets, ending early where decord is absent or finds fault with the file."""
+@contextmanager
+def _complaints(library: Any) -> Iterator[list[int]]:
+    """Levels of the errors that decord's FFmpeg reports; decord itself keeps damage to itself."""
+    levels: list[int] = []
+
+    def note(_context: int, level: int, _format: bytes, _arguments: int) -> None:
+        if level <= FFMPEG_ERROR:
+            levels.append(level)
+
+    signature = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p
+    callback = ctypes.CFUNCTYPE(None, *signature)(note)
+    with ONE_LISTENER:
+        library.av_log_set_callback(callback)
+        try:
+            yield levels
+        finally:
+            library.av_log_set_callback(library.av_log_default_callback)
+
+
+def decord_frames(index: Index, targets: list[int]) -> Frames:
+    """The targets, ending early where decord is absent or finds fault with the file.
+
+    A decord whose FFmpeg cannot be listened to counts as absent.
+    """
     try:
         import decord
-    except (ImportError, OSError):
+
+        library = decord._ffi.base._LIB
+        library.av_log_set_callback.restype = None
+    except (ImportError, OSError, AttributeError):
         return
     decord.logging.set_level(decord.logging.QUIET)
-    try:
-        reader = decord.VideoReader(index.path, ctx=decord.cpu(0), num_threads=0)
-        for target in targets if len(reader) == len(index.ticks) else []:
-            yield reader.get_batch([target]).asnumpy()[0]
-    except decord.DECORDError:
-        return
+    with _complaints(library) as errors:
+        try:
+            reader = decord.VideoReader(index.path, ctx=decord.cpu(0), num_threads=0)
+        except decord.DECORDError:
+            return
+        try:
+            for target in targets if len(reader) == len(index.ticks) else []:
+                picture = reader.get_batch([target]).asnumpy()[0]
+                if errors:
+                    return
+                yield picture, True
+        except decord.DECORDError:
+            return
+        finally:
+            del reader  # its threads end here, while there is someone to call back
 
 
 def decode(
@@ -92,18 +139,30 @@ def decode(
     fit: Callable[[np.ndarray], np.ndarray],
     progress: Callable[[int], object] | None,
 ) -> tuple[list[np.ndarray], str, int]:
-    """Frames of the ascending `targets` through `fit`, the decoder's name, how many were intact."""
+    """Frames of the ascending `targets` through `fit`, the decoder's name, how many are intact.
+
+    Threads over frames are fast but lose healthy frames next to a damaged one: a file that shows
+    damage is read once more without them.
+    """
+    attempts = [
+        ("pyav", pyav_frames(index, targets, "AUTO")),
+        ("pyav", pyav_frames(index, targets, "SLICE")),
+    ]
+    if index.plain and _same_colours(index):
+        attempts.insert(0, ("decord", decord_frames(index, targets)))
     frames: list[np.ndarray] = []
-    for picture in decord_frames(index, targets) if index.plain and _same_colours(index) else ():
-        frames.append(fit(picture))
-        if progress:
-            progress(1)
-    if len(frames) == len(targets):
-        return frames, "decord", len(frames)
-    reported, frames, intact = len(frames), [], 0
-    for picture, whole in pyav_frames(index, targets):
-        frames.append(fit(picture))
-        intact += whole
-        if progress and len(frames) > reported:
-            progress(1)
-    return frames, "pyav", intact
+    decoder, intact, reported = "", 0, 0
+    for decoder, reader in attempts:
+        frames, intact = [], 0
+        with closing(reader):
+            for picture, whole in reader:
+                frames.append(fit(picture))
+                intact += whole
+                if progress and len(frames) > reported:
+                    reported = len(frames)
+                    progress(1)
+        if intact == len(targets):
+            break
+    if not frames:
+        raise MediaError(f"{index.path} has no frame that decodes: download it again")
+    return frames, decoder, intact

@@ -90,7 +90,6 @@ def opened(path: str) -> Iterator[tuple[Any, Any]]:
                 f"{path} declares frames of {context.width} x {context.height} pixels, more than "
                 f"{MAX_PIXELS} in all: scale it down first"
             )
-        streams[0].thread_type = "AUTO"
         yield container, streams[0]
 
 
@@ -105,7 +104,7 @@ def _packets(container: Any) -> Iterator[Any]:
 
 
 def frames_of(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames from where the container stands, stepping over packets that do not decode."""
+    """Frames from where the container stands, and None for each packet that does not decode."""
     from av.error import FFmpegError
 
     packets = container.demux(stream)
@@ -114,6 +113,7 @@ def frames_of(container: Any, stream: Any) -> Iterator[Any]:
             packet = next(packets, None)
             frames = [] if packet is None else packet.decode()
         except FFmpegError:
+            yield None
             continue
         if packet is None:
             return
