@@ -14,9 +14,16 @@ from .errors import ModelError
 LLAMA = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu",
+    "max_position_embeddings": 2048,
 }  # fmt: skip
-MISTRAL = LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096}
-QWEN2 = LLAMA | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32}
+MISTRAL = LLAMA | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+QWEN2 = LLAMA | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
 
 
@@ -133,9 +140,9 @@ def read_pinpoints(value: Any, tile: int, where: str) -> tuple[tuple[int, int], 
     between the first and the last. Raises ModelError for anything else, and for parts of a tile.
     """
     if isinstance(value, str) and "x" in value:
-        ends = [(int(a), int(b)) for a, b in re.findall(r"\((\d{1,2})x(\d{1,2})\)", value)]
-        (a, b), (c, d) = (ends[0], ends[-1]) if ends else ((1, 1), (0, 0))
-        value = [(i * tile, j * tile) for i in range(a, c + 1) for j in range(b, d + 1)] or value
+        if found := re.fullmatch(r"\((\d\d?)x(\d\d?)\).*\((\d\d?)x(\d\d?)\)", value):
+            a, b, c, d = map(int, found.groups())
+            value = [(i * tile, j * tile) for i in range(a, c + 1) for j in range(b, d + 1)]
     elif isinstance(value, str):
         try:
             value = ast.literal_eval(value)

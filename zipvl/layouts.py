@@ -11,6 +11,7 @@ from typing import Any
 from .config import MediaConfig, ModelConfig, VisionConfig, read_json
 from .errors import ModelError
 from .fields import (
+    TEXT_DEFAULTS,
     choice,
     number,
     read_colours,
@@ -20,12 +21,13 @@ from .fields import (
     section,
     shown,
 )
-from .towers import CLIP_L_336, needs_map, read_vision, tower_config
+from .towers import CLIP_L_336, SIGLIP_SO400M, needs_map, read_vision, tower_config
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 ONEVISION_PINPOINTS = [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)]
 NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+SIGLIP_26 = SIGLIP_SO400M | {"num_hidden_layers": 26}  # HF leaves out the block that is never used
 HF_FAMILIES = {
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
@@ -69,7 +71,10 @@ def _read_hf(folder: Path, raw: dict, where: str) -> ModelConfig:
     family = families[choice(name, tuple(families), "architecture", where)]
     onevision, plain = family == "llava_onevision", family == "llava"
     text = section(raw, "text_config", where)
-    tower = section(raw, "vision_config", where) or dict(CLIP_L_336)
+    usual = SIGLIP_26 if onevision else CLIP_L_336
+    tower = (
+        dict(usual) if raw.get("vision_config") is None else section(raw, "vision_config", where)
+    )
     tower.setdefault("model_type", "siglip_vision_model" if onevision else "clip_vision_model")
     select = raw.get("vision_feature_select_strategy", "full" if onevision else "default")
     choice(select, ("default", "full"), "vision_feature_select_strategy", where)
@@ -78,16 +83,17 @@ def _read_hf(folder: Path, raw: dict, where: str) -> ModelConfig:
     if not plain:
         needs_map(vision, where)
     pre = read_preprocessor(folder)
-    usual = ONEVISION_PINPOINTS if onevision else NEXT_PINPOINTS
-    pinpoints = raw.get("image_grid_pinpoints") or usual
+    canvases = ONEVISION_PINPOINTS if onevision else NEXT_PINPOINTS
+    pinpoints = raw.get("image_grid_pinpoints") or canvases
     tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     kind = text.get("model_type", "qwen2" if onevision else "llama")
+    decoder = read_text(text, kind, tied, where)
     choice(raw.get("projector_hidden_act", "gelu"), ("gelu",), "projector_hidden_act", where)
     image, video = _media_tokens(raw, family, where)
     tiles = _max_tiles(raw.get("vision_aspect_ratio", "anyres_max_9"))
     mode = raw.get("spatial_pool_mode", "average")
     return ModelConfig(
-        text=read_text(text, kind, tied, where),
+        text=decoder,
         vision=vision,
         media=MediaConfig(
             **_pixels(pre, vision, str(folder)),
@@ -108,7 +114,7 @@ def _read_hf(folder: Path, raw: dict, where: str) -> ModelConfig:
         newline=not plain,
         image_token=image,
         video_token=video,
-        max_length=_max_length(text),
+        max_length=_max_length(TEXT_DEFAULTS[decoder.kind] | text),
     )
 
 
