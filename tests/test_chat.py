@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers_tiny import CHATML, CORPUS, VICUNA, write_llama_like, write_qwen_like
 from transformers import PreTrainedTokenizerFast
@@ -358,7 +359,7 @@ def spm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = folder / "corpus.txt"
     corpus.write_text(CORPUS * 3 + "    indented\n        twice\n", encoding="utf-8")
     common = dict(  # noqa: C408
-        input=str(corpus), vocab_size=420, byte_fallback=True, normalization_rule_name="identity",
+        input=str(corpus), vocab_size=420, hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
         pad_id=-1, minloglevel=2,
     )  # fmt: skip
@@ -387,6 +388,22 @@ def test_model_file_equals_sentencepiece(spm_folder: Path, string: str) -> None:
     tok = read_sentencepiece(spm_folder / "bpe.model")
     assert tok.encode(string, add_special_tokens=False).ids == oracle.encode(string)
     assert tok.encode(string).ids == [1, *oracle.encode(string)]
+
+
+def test_runs_of_spaces_equal_sentencepiece(spm_folder: Path, tmp_path: Path) -> None:
+    """Llama's and Mistral's runs of 2 to 16 spaces all score -1e9: ties go to the left."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString((spm_folder / "bpe.model").read_bytes())
+    known = {piece.piece: piece for piece in proto.pieces}
+    for n in range(2, 17):
+        piece = known.get("▁" * n) or proto.pieces.add(piece="▁" * n)
+        piece.score = -1e9
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tok = read_sentencepiece(tmp_path / "tokenizer.model")
+    for n in range(100):
+        for string in (" " * n, "The" + " " * n + "image", "\n" + " " * n + "The"):
+            assert tok.encode(string, add_special_tokens=False).ids == oracle.encode(string)
 
 
 def test_model_file_folder(spm_folder: Path, tmp_path: Path) -> None:
@@ -426,6 +443,18 @@ def test_damaged_model_files(spm_folder: Path, tmp_path: Path, data: st.DataObje
         assert str(path) in str(e)  # noqa: PT017
 
 
+def test_a_cut_model_file(spm_folder: Path, tmp_path: Path) -> None:
+    good = (spm_folder / "bpe.model").read_bytes()
+    for cut in (*range(1000, 1040), len(good) - 1):
+        (tmp_path / "tokenizer.model").write_bytes(good[:cut])
+        with pytest.raises(ModelError, match="download"):
+            read_sentencepiece(tmp_path / "tokenizer.model")
+    short_piece = b"\x0a\x7f\x0a\x01a"  # says 127 bytes, holds 3
+    (tmp_path / "tokenizer.model").write_bytes(good + short_piece)
+    with pytest.raises(ModelError, match="download"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
+
+
 def test_vocab_and_merges_files(qwen: tuple, tmp_path: Path) -> None:
     chat, ids = qwen
     bare = tmp_path / "bare"
@@ -461,12 +490,13 @@ def test_tokens_only_the_settings_know(tmp_path: Path) -> None:
 def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
     ids = write_llama_like(tmp_path)
     tok = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    string = "USER: a much longer text than four tokens"
+    expected = tok.encode(string, add_special_tokens=False).ids
     tok.enable_truncation(4)
     tok.enable_padding(length=64)
     tok.save(str(tmp_path / "tokenizer.json"))
     chat = open_chat(tmp_path, model_config(image=ids["<image>"]))
-    string = "USER: a much longer text than four tokens"
-    assert chat.decode(chat.encode(string)) == string
+    assert chat.encode(string) == expected
 
 
 @pytest.mark.parametrize(

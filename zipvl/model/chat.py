@@ -143,10 +143,7 @@ class Chat:
 
     def _media_first(self, parts: list[Part]) -> bool:
         kinds = [part["type"] for part in parts]
-        media = [kind for kind in kinds if kind != "text"]
-        # With one marker for both kinds `render` could not see a template swap them.
-        sure = len(set(self.markers.values())) > 1 or media == sorted(media)
-        return sure and kinds[: len(media)] == media
+        return "text" not in kinds[: len(kinds) - kinds.count("text")]
 
     def _flat(self, parts: list[Part]) -> str:
         """Content as one string: "<image> <image>\\n" + text, or each marker where its part is."""

@@ -72,8 +72,8 @@ def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]:
             trainer = dict(_fields(value))
         elif number == 3:
             normalizer = dict(_fields(value))
-    if not pieces:
-        raise ValueError("no pieces")
+    if not (pieces and trainer and normalizer):
+        raise ValueError("the message has no pieces, trainer or normaliser: it is cut short")
     return pieces, trainer.get(3, 1), normalizer.get(2, b"")
 
 
