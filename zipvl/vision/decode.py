@@ -150,10 +150,10 @@ def decode(
     ]
     if index.plain and _same_colours(index):
         attempts.insert(0, ("decord", decord_frames(index, targets)))
-    frames: list[np.ndarray] = []
-    decoder, intact, reported = "", 0, 0
-    for decoder, reader in attempts:
-        frames, intact = [], 0
+    reported = 0
+    for name, reader in attempts:
+        frames: list[np.ndarray] = []
+        decoder, intact = name, 0
         with closing(reader):
             for picture, whole in reader:
                 frames.append(fit(picture))

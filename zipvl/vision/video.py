@@ -166,8 +166,8 @@ def _warning(index: Index, wanted: int, distinct: int, intact: int) -> str:
         found = f"decoded {total - lost} of {index.promised} frames of {index.path}"
         return f"{found}: it is damaged or cut short"
     if lost:
-        found = f"decoded {intact} of {distinct} frames of {index.path}"
-        return f"{found}: it is damaged, and neighbours or damaged pictures fill the gaps"
+        found = f"decoded {intact} of {distinct} frames of {index.path} intact"
+        return f"{found}: it is damaged, the others are neighbours or show the damage"
     if wanted > distinct:
-        return f"{index.path} has {distinct} frames here: they are repeated to make {wanted}"
+        return f"frames of {index.path} were repeated to make {wanted}: only {distinct} are there"
     return ""

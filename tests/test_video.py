@@ -1,0 +1,504 @@
+"""The video reader: right frames, right times, one sentence for what cannot be read, bounded time."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from video_files import (
+    ENCODED,
+    RATE,
+    X264,
+    encode,
+    ffmpeg,
+    flip_bytes,
+    huge_png,
+    number,
+    pictures,
+    reference,
+    set_matrix,
+)
+from video_files import video as video  # the fixture
+
+from zipvl.errors import MediaError, UsageError
+from zipvl.vision.decode import decord_frames, pyav_frames
+from zipvl.vision.video import Clip, read_video, sample
+from zipvl.vision.video_index import read_index
+
+Video = Callable[[str], Path]
+
+# name: frames that are there, who decodes where decord is installed, allowed difference to ffmpeg
+FILES = {
+    "h264.mp4": (100, "decord", 0),
+    "faststart.mp4": (100, "decord", 0),
+    "fragmented.mp4": (50, "pyav", 0),
+    "h264.mkv": (60, "decord", 0),
+    "opengop.mkv": (90, "pyav", 0),
+    "hevc.mp4": (90, "decord", 0),
+    "hevc_opengop.mp4": (90, "pyav", 0),
+    "vp8.webm": (60, "decord", 0),
+    "vp9.webm": (60, "decord", 0),
+    "av1.mp4": (20, "pyav", 0),
+    "stream.ts": (90, "pyav", 0),
+    "program.mpg": (90, "pyav", 0),
+    "vfr.mp4": (42, "decord", 0),
+    "tenbit.mp4": (40, "pyav", 90),  # chroma at the blocks' edges: another scaler
+    "oddsize.mp4": (30, "pyav", 0),
+    "interlaced.mp4": (30, "pyav", 40),  # ffmpeg scales the chroma of each field by itself
+    "fullrange.mp4": (30, "decord", 0),
+    "bt709.mp4": (30, "decord", 0),
+    "mpeg4.mp4": (40, "pyav", 0),
+    "mpeg4.avi": (40, "pyav", 0),
+    "motion.avi": (40, "pyav", 0),
+    "raw.h264": (40, "pyav", 0),
+    "animated.gif": (20, "pyav", 0),
+    "late.mp4": (40, "pyav", 0),
+    "one.mp4": (1, "decord", 0),
+    "longgop.mp4": (600, "decord", 0),
+    "picture.png": (1, "pyav", 0),
+    "cut_short.mp4": (None, "pyav", 0),
+    "trimmed_end.mp4": (50, "decord", 0),
+}
+
+
+def has_decord() -> bool:
+    try:
+        import decord  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_frames_are_those_of_ffmpeg(video: Video, name: str) -> None:
+    path, (total, decoder, tolerance) = video(name), FILES[name]
+    count = int(np.random.default_rng().integers(5, 40))
+    clip = read_video(path, frames=count)
+    expected = reference(path, *clip.frames.shape[1:3])
+    assert clip.total == len(expected)
+    assert total in (None, clip.total)
+    assert list(clip.indices) == np.linspace(0, clip.total - 1, count, dtype=int).tolist()
+    for index, picture in zip(clip.indices, clip.frames, strict=True):
+        assert number(picture) == number(expected[index])
+        assert np.abs(picture.astype(int) - expected[index]).max() <= tolerance
+    assert clip.decoder == (decoder if has_decord() else "pyav")
+    assert (clip.warning == "") == (count <= clip.total)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "animated.gif"])
+def test_times_are_those_of_the_pictures(video: Video, name: str) -> None:
+    """A picture's number over the rate it was fed in with is its time, also after `select` and cuts."""
+    clip = read_video(video(name), frames=None)
+    numbers = [number(picture) for picture in clip.frames]
+    assert numbers == sorted(set(numbers))
+    for n, time in zip(numbers, clip.times, strict=True):
+        assert time == pytest.approx((n - numbers[0]) / RATE, abs=0.002)
+    assert clip.duration == pytest.approx(clip.times[-1] + 1 / RATE, abs=0.05)
+    assert clip.fps == pytest.approx(clip.total / clip.duration)
+
+
+def test_cut_of_a_long_gop_ends_in_time(video: Video) -> None:
+    """decord alone never returns from this file, nor can it be interrupted: hence a process."""
+    code = (
+        "import sys; from zipvl.vision.video import read_video; c = read_video(sys.argv[1]);"
+        "print(c.total, c.decoder, c.indices[-1], *c.frames[:, 8, 8::16].mean(-1).ravel().round())"
+    )
+    path = video("cut.mp4")
+    run = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=True
+    )
+    expected = reference(path, 64, 96)
+    total, decoder, last, *blocks = run.stdout.split()
+    assert (int(total), decoder, int(last)) == (len(expected), "pyav", len(expected) - 1)
+    chosen = expected[np.linspace(0, len(expected) - 1, 32, dtype=int)]
+    assert [float(b) for b in blocks] == chosen[:, 8, 8::16].mean(-1).ravel().round().tolist()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if FILES[name][1] == "decord"])
+def test_both_decoders_give_the_same_pixels(video: Video, name: str) -> None:
+    pytest.importorskip("decord")
+    index, random = read_index(str(video(name))), np.random.default_rng()
+    total = len(index.ticks)
+    targets = np.sort(random.choice(total, min(total, 12), replace=False)).tolist()
+    decord = [picture for picture, _ in decord_frames(index, targets)]
+    for threads in ("AUTO", "SLICE"):
+        pyav = list(pyav_frames(index, targets, threads))
+        assert len(pyav) == len(decord) == len(targets)
+        assert all(intact for _, intact in pyav)
+        assert all((a == b).all() for (a, _), b in zip(pyav, decord, strict=True))
+
+
+@pytest.mark.slow
+def test_both_decoders_agree_however_a_file_is_encoded(video: Video, tmp_path: Path) -> None:
+    pytest.importorskip("decord")
+    random, plain = np.random.default_rng(), 0
+    video("one.mp4")  # skips without ffmpeg
+    for round_ in range(40):
+        codec, gop, b = (
+            random.choice(["libx264", "libx265"]),
+            random.integers(1, 80),
+            random.integers(5),
+        )
+        params = f"keyint={gop}:bframes={b}:open-gop={random.integers(2)}"
+        flag = "-x264-params" if codec == "libx264" else "-x265-params"
+        options = ["-pix_fmt", "yuv420p", "-c:v", str(codec), "-preset", "ultrafast", flag, params]
+        path = tmp_path / f"{round_}.{random.choice(['mp4', 'mkv'])}"
+        frames = pictures(int(random.integers(2, 120)))
+        index = read_index(str(encode(path, frames, options)))
+        count = random.integers(1, min(20, len(frames)) + 1)
+        targets = np.sort(random.choice(len(frames), count, replace=False)).tolist()
+        pyav = list(pyav_frames(index, targets, "AUTO"))
+        assert [(number(p), intact) for p, intact in pyav] == [(t, True) for t in targets]
+        if index.plain:
+            plain += 1
+            decord = [picture for picture, _ in decord_frames(index, targets)]
+            assert all((a == b).all() for (a, _), b in zip(pyav, decord, strict=True)), options
+    assert plain > 5
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [(0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0)],
+)
+def test_display_matrix(video: Video, tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(video("h264.mp4").read_bytes())
+    set_matrix(path, matrix)
+    clip = read_video(path, frames=3)
+    size = (64, 96) if matrix[0] else (96, 64)
+    expected = reference(path, *size)
+    assert (clip.frames == expected[list(clip.indices)]).all()
+
+
+def test_truncated(video: Video, tmp_path: Path) -> None:
+    whole = video("faststart.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 6 // 10])
+    clip = read_video(tmp_path / "cut.mp4", frames=10)
+    assert 10 < clip.total < 90
+    assert "of 100 frames" in clip.warning
+    assert "cut.mp4" in clip.warning
+    assert [number(p) for p in clip.frames[:-1]] == list(clip.indices[:-1])
+    mkv = video("h264.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(mkv[: len(mkv) // 2])
+    clip = read_video(tmp_path / "cut.mkv", frames=5)
+    assert f"decoded {clip.total} of 60 frames" in clip.warning
+    assert [number(p) for p in clip.frames] == list(clip.indices)
+    (tmp_path / "half.mp4").write_bytes(video("h264.mp4").read_bytes()[:2000])
+    with pytest.raises(MediaError, match=r"half\.mp4"):  # its index stood at the end
+        read_video(tmp_path / "half.mp4")
+
+
+def noisy(count: int) -> np.ndarray:
+    """Pictures that compress badly, so that a flipped byte hits a slice and not a header."""
+    noise = np.random.default_rng(0).integers(-20, 20, (count, 64, 96, 3))
+    return np.clip(pictures(count) + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("flips", [4, 40, 400])
+def test_flipped_bytes(video: Video, tmp_path: Path, flips: int) -> None:
+    """Damage is noticed, also where decord would show it without a word, and nothing hangs."""
+    video("one.mp4")
+    clean = encode(tmp_path / "clean.mp4", noisy(100), [*X264, "-g", "25", "-crf", "20"])
+    path = flip_bytes(clean, tmp_path / "flipped.mp4", flips, seed=flips)
+    calls: list[int] = []
+    clip, expected = read_video(path, frames=None, progress=calls.append), read_video(clean, None)
+    assert clip.frames.shape == expected.frames.shape
+    assert calls == [1] * 100
+    differing = int((clip.frames != expected.frames).any(axis=(1, 2, 3)).sum())
+    assert differing > 0
+    assert "flipped.mp4" in clip.warning
+    intact = int(clip.warning.split()[1])
+    assert clip.warning.split()[3] == "100"
+    assert 0 <= intact <= 100 - differing + 15  # a few damaged pictures look whole to any decoder
+    assert clip.decoder == "pyav"
+
+
+def test_a_whole_part_of_a_damaged_file_needs_no_warning(video: Video, tmp_path: Path) -> None:
+    data = bytearray(video("faststart.mp4").read_bytes())
+    data[-300:] = bytes(300)
+    (tmp_path / "tail.mp4").write_bytes(data)
+    clip = read_video(tmp_path / "tail.mp4", frames=8, end=2.0)
+    assert clip.warning == ""
+    assert [number(p) for p in clip.frames] == list(clip.indices)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing.mp4": (lambda path: None, "does not exist"),
+    "folder.mp4": (lambda path: path.mkdir(), "directory"),
+    "pipe.mp4": (lambda path: os.mkfifo(path), "pipe"),
+    "empty.mp4": (lambda path: path.touch(), "empty"),
+    "text.mp4": (lambda path: path.write_text("hello\n" * 500), "not a readable video"),
+    "random.mp4": (lambda path: path.write_bytes(os.urandom(5000)), "not a readable video"),
+    "list.mp4": (
+        lambda path: path.write_text("#EXTM3U\n#EXTINF:4\nh264.ts\n#EXT-X-ENDLIST\n"),
+        "not a readable video",
+    ),
+    "concat.mp4": (
+        lambda path: path.write_text("ffconcat version 1.0\nfile other.mp4\n"),
+        "not a readable video",
+    ),
+    "huge.mp4": (lambda path: huge_png(path, 16000), "16000 x 16000"),
+    "nul\0.mp4": (lambda path: None, "path"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_files_that_are_no_video(tmp_path: Path, name: str) -> None:
+    make, words = BAD[name]
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(MediaError, match=words) as error:
+        read_video(path)
+    assert name.split(".")[0].strip("\0") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_playlists_are_refused_even_if_what_they_name_is_there(
+    video: Video, tmp_path: Path, where: int
+) -> None:
+    target = video("stream.ts")
+    lists = {
+        1: f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:3.6,\n{target}\n#EXT-X-ENDLIST\n",
+        2: f"ffconcat version 1.0\nfile {target}\n",
+    }
+    path = tmp_path / ("list.m3u8" if where == 1 else "list.ffconcat")
+    path.write_text(lists[where])
+    with pytest.raises(MediaError, match="not a readable video"):
+        read_video(path)
+
+
+def test_video_streams_without_frames(video: Video, tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"zero\.mp4"):
+        read_video(video("zero.mp4"))
+    path = tmp_path / "sound.mp4"
+    ffmpeg("-f", "lavfi", "-i", "sine=d=1", "-c:a", "aac", path)
+    with pytest.raises(MediaError, match=r"sound\.mp4 has no video"):
+        read_video(path)
+    cover = tmp_path / "cover.mp4"
+    picture = video("picture.png")
+    ffmpeg("-i", path, "-i", picture, "-map", "0", "-map", "1", "-c:a", "copy", "-c:v", "mjpeg",
+           "-disposition:v:0", "attached_pic", cover)  # fmt: skip
+    with pytest.raises(MediaError, match=r"cover\.mp4 has no video"):
+        read_video(cover)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:9/a.mp4", "concat:a.ts|b.ts", "data:video/mp4;base64,AAAA", "rtsp://x/y"],
+)
+def test_only_local_files_are_read(url: str) -> None:
+    with pytest.raises(MediaError, match="local file"):
+        read_video(url)
+
+
+def test_devices_and_wrong_types() -> None:
+    with pytest.raises(MediaError, match="device"):
+        read_video("/dev/zero")
+    with pytest.raises(MediaError, match="path"):
+        read_video(["a.mp4"])  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_unreadable(video: Video, tmp_path: Path) -> None:
+    path = tmp_path / "locked.mp4"
+    path.write_bytes(video("h264.mp4").read_bytes())
+    path.chmod(0)
+    with pytest.raises(MediaError, match="permissions"):
+        read_video(path)
+
+
+def test_strange_names(video: Video, tmp_path: Path) -> None:
+    for name in ("with space é 漢.mp4", "http:x.mp4", "50%.mp4", "-i.mp4", "picture.png"):
+        path = tmp_path / name
+        path.write_bytes(video("h264.mp4").read_bytes())
+        assert [number(p) for p in read_video(path, frames=3).frames] == [0, 49, 99]
+
+
+def test_png_named_mp4_is_one_frame(video: Video, tmp_path: Path) -> None:
+    path = tmp_path / "still.mp4"
+    path.write_bytes(video("picture.png").read_bytes())
+    clip = read_video(path, frames=None)
+    assert (clip.total, clip.indices, clip.times) == (1, (0,), (0.0,))
+    assert (clip.frames[0] == pictures(1)[0]).all()
+
+
+def test_interval_and_rate(video: Video) -> None:
+    path = video("h264.mp4")  # 100 frames, 4 s
+    assert read_video(path, frames=5, start=1, end=2).indices == (25, 31, 37, 43, 50)
+    assert read_video(path, frames=None, fps=1).indices == (0, 25, 50, 75)
+    assert read_video(path, frames=8, fps=2, start=1).indices == (25, 38, 50, 63, 75, 88)[:6]
+    assert read_video(path, frames=3, fps=25).indices == (0, 49, 99)
+    assert read_video(path, frames=4, start=3.9, end=9).indices == (98, 98, 98, 99)
+    assert read_video(path, frames=1, start=3.99).indices == (99,)
+    with pytest.raises(UsageError, match=r"start 4 .*h264\.mp4"):
+        read_video(path, start=4)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"frames": 0}, {"frames": -3}, {"fps": 0}, {"fps": -1}, {"fps": NAN}, {"fps": INF},
+        {"start": -1}, {"end": -0.1}, {"start": NAN}, {"end": INF}, {"start": 2, "end": 1},
+    ],
+)  # fmt: skip
+def test_impossible_options(options: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        read_video("never-opened.mp4", **options)
+    with pytest.raises(UsageError, match=next(iter(options))):
+        sample([0.0, 1.0], **options)
+
+
+def test_variable_rate_by_time(video: Video) -> None:
+    """The frame shown at each moment, though the file has few frames early and many late."""
+    clip = read_video(video("vfr.mp4"), frames=None, fps=5)
+    assert [number(p) for p in clip.frames] == list(range(0, 90, 5))
+
+
+def test_fit_and_progress(video: Video) -> None:
+    seen: list[tuple] = []
+    calls: list[int] = []
+
+    def fit(picture: np.ndarray) -> np.ndarray:
+        seen.append((picture.shape, picture.dtype))
+        return picture[::2, ::4]
+
+    for name in ("h264.mp4", "stream.ts", "one.mp4"):
+        seen.clear()
+        calls.clear()
+        clip = read_video(video(name), frames=6, fit=fit, progress=calls.append)
+        assert clip.frames.shape == (6, 32, 24, 3)
+        assert seen == [((64, 96, 3), np.uint8)] * len(set(clip.indices))
+        assert calls == [1] * len(set(clip.indices))
+    with pytest.raises(ZeroDivisionError):  # an error of `fit` is the caller's, and leaves no lock
+        read_video(video("h264.mp4"), fit=lambda picture: 1 // 0)
+    assert read_video(video("h264.mp4"), frames=1).total == 100
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "stream.ts"])
+def test_without_decord(video: Video, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = read_video(video(name), frames=9)
+    monkeypatch.setitem(sys.modules, "decord", None)
+    second = read_video(video(name), frames=9)
+    assert (first.frames == second.frames).all()
+    assert second.decoder == "pyav"
+    assert dataclasses.replace(second, frames=None, decoder="") == dataclasses.replace(
+        first, frames=None, decoder=""
+    )
+
+
+def test_without_av(video: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MediaError, match="package av"):
+        read_video(video("h264.mp4"))
+    assert read_video(pictures(3), frames=2).total == 3
+
+
+def test_arrays() -> None:
+    array = pictures(10)
+    clip = read_video(array, frames=4)
+    assert (clip.indices, clip.times) == ((0, 3, 6, 9), (0.0, 3.0, 6.0, 9.0))
+    assert (clip.frames == array[[0, 3, 6, 9]]).all()
+    assert (clip.decoder, clip.total, clip.fps, clip.duration) == ("array", 10, 1.0, 10.0)
+    assert read_video(array, frames=None).indices == tuple(range(10))
+    assert read_video(array, frames=3, start=4, end=6).indices == (4, 5, 6)
+    more = read_video(array[:2], frames=5)
+    assert more.indices == (0, 0, 0, 0, 1)
+    assert "repeated" in more.warning
+    assert isinstance(more, Clip)
+    shapes = [(0, 4, 4, 3), (2, 0, 4, 3), (4, 4, 3), (2, 4, 4, 4), ()]
+    for bad in [*(np.zeros(s, np.uint8) for s in shapes), np.zeros((2, 4, 4, 3), np.float32)]:
+        with pytest.raises(MediaError, match=r"uint8 \[F, h, w, 3\]"):
+            read_video(bad)
+
+
+times_of = st.lists(st.floats(0.001, 3.0), max_size=60).map(
+    lambda gaps: np.cumsum([0, *gaps]).tolist()
+)
+moments = st.none() | st.floats(0, 100)
+
+
+@given(times_of, st.none() | st.integers(1, 80), st.none() | st.floats(0.01, 100), moments, moments)
+def test_sample_properties(times, frames, fps, start, end) -> None:
+    if start is not None and end is not None and start > end:
+        start, end = end, start
+    rows = sample(times, frames, fps, start, end)
+    assert rows == sorted(rows)
+    assert 0 <= rows[0] <= rows[-1] < len(times)
+    inside = [
+        i for i, t in enumerate(times)
+        if (start is None or t >= start - 1e-6) and (end is None or t <= end + 1e-6)
+    ]  # fmt: skip
+    if not inside:  # between two frames or behind the last: the one on screen
+        assert set(rows) == {max(i for i, t in enumerate(times) if t <= (start or 0) + 1e-6)}
+        return
+    assert set(rows) <= set(inside)
+    assert rows[0] == inside[0]
+    uniform = [
+        inside[0] + i * (inside[-1] - inside[0]) // max(1, (frames or 1) - 1)
+        for i in range(frames or 0)
+    ]
+    if fps is None:
+        assert rows == (uniform if frames else inside)
+    else:
+        assert frames is None or len(rows) <= frames
+        assert len(rows) == len(set(rows)) or rows == uniform
+
+
+@given(times_of, st.floats(0.01, 100))
+def test_sample_by_rate_takes_the_nearest_frames(times: list[float], fps: float) -> None:
+    """Against a plain loop over the moments of the grid."""
+    rows, stamps = sample(times, None, fps), np.array(times)
+    grid = [k / fps for k in range(int(times[-1] * fps) + 1)]
+    near = [np.abs(stamps - moment) for moment in grid]
+    assert all(
+        any(distance[r] < distance.min() + 2e-6 / fps + 1e-9 for distance in near) or r == rows[-1]
+        for r in rows
+    )
+    assert all(distance[rows].min() < distance.min() + 2e-6 / fps + 1e-9 for distance in near)
+
+
+def test_sample_matches_the_families() -> None:
+    assert sample(range(100), 8) == [0, 14, 28, 42, 56, 70, 84, 99]  # LongVA, LLaVA-OneVision
+    ntsc = [i * 1001 / 30000 for i in range(300)]
+    assert sample(ntsc, None, 1) == list(range(0, 300, 30))  # LLaVA-NeXT-Video: every round(fps)-th
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decord", [True, False])
+def test_memory_does_not_grow_with_frames_of_full_size(
+    video: Video, tmp_path: Path, decord: bool
+) -> None:
+    """128 frames of 1280 x 720 are 350 MB; kept at 32 x 32 they must cost next to nothing."""
+    video("one.mp4")
+    path = tmp_path / "large.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=1280x720:d=6", *X264[:4], "-preset", "ultrafast", path)
+    code = (
+        "import sys, resource\n"
+        "if sys.argv[3] == 'False': sys.modules['decord'] = None\n"
+        "from zipvl.vision.video import read_video\n"
+        "clip = read_video(sys.argv[1], int(sys.argv[2]), fit=lambda p: p[:32, :32].copy())\n"
+        "print(clip.decoder, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    peaks = []
+    for frames in (4, 128):
+        run = [sys.executable, "-c", code, str(path), str(frames), str(decord)]
+        decoder, peak = subprocess.run(
+            run, capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert decoder == ("decord" if decord and has_decord() else "pyav")
+        peaks.append(int(peak))
+    assert peaks[1] - peaks[0] < 100
+
+
+def test_every_made_file_is_tested() -> None:
+    assert set(ENCODED) - {"zero.mp4"} <= set(FILES)
