@@ -1,6 +1,6 @@
 """The one door to attention kernels: packed sequences in, packed outputs out, on any device.
 
-    attend(q, k, v, q_spans, k_spans)     q [rows, H, D]    k, v [slots, G, D]    ->    [rows, H, D]
+    attend(q, k, v, q_spans, k_spans)    q [rows, H, D]   k, v [slots, G, D]   ->   [rows, H, D]
 
 Sequence b owns rows `q_spans[b]` and slots `k_spans[b]`. Causal, aligned at the end ("lower right"):
 its last row sees all its slots, the row before sees one less. One row per sequence is decoding, as
@@ -19,7 +19,7 @@ from ..errors import UsageError
 
 
 class Spans:
-    """Where each sequence of a packed batch lies: start and length, as ints and as device tensors."""
+    """Where each sequence of a packed batch lies: start and length, as ints and on the device."""
 
     def __init__(self, lengths: list[int], device: torch.device | str, room: int = 0):
         """`room` leaves that many unused places after each sequence."""
@@ -120,7 +120,7 @@ def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512)
     for start in range(0, len(q), block):
         rows = torch.arange(start, min(start + block, len(q)), device=q.device)
         mask = kept[None, :] <= rows[:, None]  # [block, K]
-        some = mask[:, 0]
+        some = mask[:, 0].clone()  # a view would change with the next line
         mask[~some] = True  # a row without keys would divide by zero; it is zeroed below
         o = F.scaled_dot_product_attention(
             q[rows].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],

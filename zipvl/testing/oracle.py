@@ -1,0 +1,121 @@
+"""The decoder once more, slow and obvious: float64, H heads, full [T, T] masks, nothing gathered.
+
+It follows plans somebody else made and remembers every token's key and value, so it shows what the
+engine must compute for these plans. Shares no code with model/. For tests and zipvl.testing.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..model.decoder import Decoder
+from ..policy import Plan
+
+
+class Oracle:
+    """One sequence through `decoder`'s weights. Call prefill() once, then step() for each token."""
+
+    def __init__(self, decoder: Decoder):
+        self.config = decoder.config
+        self.blocks = [_double(dict(block.named_parameters())) for block in decoder.layers]
+        self.last = decoder.norm.weight.detach().double()
+        self.keys: list[Tensor] = []  # per layer [n, H, D]: all tokens that entered it
+        self.values: list[Tensor] = []
+        self.held: list[Tensor] = []  # per layer [H, slots]: which of them each head may still see
+
+    def prefill(self, x: Tensor, plans: list[Plan]) -> Tensor:
+        """Embeddings x [T, C] -> final hidden states [T', C] of the tokens that reach the end."""
+        x, positions = x.detach().double(), torch.arange(len(x))
+        heads = self.config.num_heads
+        for w, plan in zip(self.blocks, plans, strict=True):
+            n = len(x)
+            q, k, v = self.project(w, x, positions)
+            keep = torch.ones(n, dtype=torch.bool)
+            if plan.attend is not None:
+                keep = torch.zeros(n, dtype=torch.bool).index_fill(0, plan.attend, True)
+            mask = torch.ones(n, n, dtype=torch.bool).tril() & keep  # [T, T]
+            o = self.attend(q, k, v, mask.expand(heads, n, n))
+            x = self.rest(w, x, fill(o, keep, plan.fill))
+            held = torch.arange(n) if plan.cache is None else plan.cache
+            self.held.append(self.per_head(held))
+            self.keys.append(k)
+            self.values.append(v)
+            if plan.stream is not None:
+                x, positions = x[plan.stream], positions[plan.stream]
+        return self.norm(x, self.last)
+
+    def step(self, x: Tensor, position: int, evictions: list[Tensor | None]) -> Tensor:
+        """One new token, x [1, C] -> [1, C]; then only the slots `evictions` of each layer stay."""
+        x, at = x.detach().double(), torch.tensor([position])
+        for i, (w, slots) in enumerate(zip(self.blocks, evictions, strict=True)):
+            q, k, v = self.project(w, x, at)
+            self.keys[i] = torch.cat((self.keys[i], k))
+            self.values[i] = torch.cat((self.values[i], v))
+            n, heads = len(self.keys[i]), self.config.num_heads
+            self.held[i] = torch.cat((self.held[i], torch.full((heads, 1), n - 1)), dim=1)
+            mask = torch.zeros(heads, 1, n, dtype=torch.bool)
+            mask.scatter_(2, self.held[i][:, None], True)
+            x = self.rest(w, x, self.attend(q, self.keys[i], self.values[i], mask))
+            if slots is not None:
+                self.held[i] = self.held[i].gather(1, self.per_head(slots))
+        return self.norm(x, self.last)
+
+    def per_head(self, index: Tensor) -> Tensor:
+        """[K] or [G, K] -> [H, K]."""
+        heads = self.config.num_heads
+        if index.ndim == 1:
+            return index.expand(heads, -1)
+        return index.repeat_interleave(heads // len(index), dim=0)
+
+    def project(self, w: dict[str, Tensor], x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each [n, H, D]."""
+        x, out = self.norm(x, w["input_layernorm.weight"]), []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            y = x @ w[f"self_attn.{name}.weight"].T + w.get(f"self_attn.{name}.bias", 0)
+            y = y.unflatten(-1, (-1, self.config.head_dim))
+            if name != "v_proj":
+                y = self.rotate(y, at)
+            out.append(y.repeat_interleave(self.config.num_heads // y.shape[1], dim=1))
+        return out[0], out[1], out[2]
+
+    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
+        """Pairs (i, i + D/2) of x [n, heads, D] as complex numbers, turned by their angle."""
+        c, half = self.config, self.config.head_dim // 2
+        rate = c.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half) / c.rope_factor
+        turn = torch.exp(1j * at.double()[:, None, None] * rate)
+        y = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat((y.real, y.imag), dim=-1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q [m, H, D], k, v [n, H, D], mask [H, m, n] -> [m, H * D]; a row that sees nothing: 0."""
+        scores = torch.einsum("mhd,nhd->hmn", q, k) / math.sqrt(q.shape[-1])
+        probs = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num()
+        return torch.einsum("hmn,nhd->mhd", probs, v).flatten(1)
+
+    def rest(self, w: dict[str, Tensor], x: Tensor, o: Tensor) -> Tensor:
+        """Output projection, residual, MLP, residual."""
+        x = x + o @ w["self_attn.o_proj.weight"].T
+        h = self.norm(x, w["post_attention_layernorm.weight"])
+        gate, up = h @ w["mlp.gate_proj.weight"].T, h @ w["mlp.up_proj.weight"].T
+        return x + (gate * torch.sigmoid(gate) * up) @ w["mlp.down_proj.weight"].T
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return weight * x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+
+
+def fill(o: Tensor, keep: Tensor, how: str) -> Tensor:
+    """What the rows of o [T, .] outside `keep` [T] receive, as Plan.fill says."""
+    if how == "own":
+        return o
+    out, last = torch.zeros_like(o), torch.zeros_like(o[0])
+    for t in range(len(o)):
+        if keep[t]:
+            last = out[t] = o[t]
+        elif how == "previous":
+            out[t] = last
+    return out
+
+
+def _double(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: w.detach().double() for name, w in weights.items()}
