@@ -24,6 +24,8 @@ class Sampling:
             raise UsageError(f"top_p is {self.top_p}: give a share above 0 and up to 1")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}: give 0 (off) or more")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"seed is {self.seed}: give a whole number of at most 63 bits")
 
     def generator(self) -> torch.Generator:
         """One a sequence, on the CPU: the same seed draws the same tokens on every device."""
@@ -33,10 +35,12 @@ class Sampling:
         """The next token from float32 logits [V]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        values, order = (logits.cpu() / self.temperature).sort(descending=True)
+        values, order = logits.cpu().sort(descending=True)
         if self.top_k:
             values = values[: self.top_k]
-        probs = values.softmax(0)
-        before = probs.cumsum(0) - probs  # mass of the likelier tokens; the first is always in
-        probs = probs.masked_fill(before >= self.top_p, 0)
+        # float64 and the largest logit first at 0, so that no temperature is too small
+        probs = ((values.double() - values[0]) / self.temperature).softmax(0)
+        if self.top_p < 1:
+            before = probs.cumsum(0) - probs  # mass of the likelier tokens; the first is always in
+            probs = probs.masked_fill(before >= self.top_p, 0)
         return int(order[torch.multinomial(probs, 1, generator=generator)])
