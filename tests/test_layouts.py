@@ -381,7 +381,7 @@ ODD = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=1000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_value_anywhere_is_read_or_refused(
     oracle: Callable, tmp_path: Path, data: st.DataObject

@@ -1,0 +1,256 @@
+"""Every family and layout against its oracle: pixels, ids, features, logits everywhere, greedy tokens.
+
+The oracle gets the rendered prompt written out here by hand, the engine the user's words.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_original
+import torch
+import transformers
+from oracles import Oracle
+from PIL import Image
+from torch import Tensor
+
+import zipvl
+from zipvl.engine.engine import Engine
+from zipvl.engine.inputs import Inputs
+from zipvl.policy import Policy
+from zipvl.vision.image import normalise
+
+HUMAN, USER = (
+    f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives "
+    f"helpful, detailed, and polite answers to the {who}'s questions. USER: {{}} ASSISTANT:"
+    for who in ("human", "user")
+)
+SHIPPED_VICUNA, INST = "USER: {} ASSISTANT:", "[INST] {} [/INST]"
+SHIPPED_CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+CHATML = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + SHIPPED_CHATML
+# kind -> (prompt around the user's words, what joins media in front of them, what ends these)
+PROMPTS = {
+    "llava": (SHIPPED_VICUNA, "\n", "\n"),
+    "llava_next": (HUMAN, " ", "\n"),
+    "llava_next_mistral": (INST, " ", "\n"),
+    "llava_next_video": (SHIPPED_VICUNA, "\n", "\n"),
+    "llava_onevision": (SHIPPED_CHATML, "", "\n"),
+    "llava_onevision_tied": (CHATML, " ", "\n"),
+    "original_15": (USER, " ", "\n"),
+    "original_16": (USER, " ", "\n"),
+    "original_16_mistral": (INST, " ", "\n"),
+    "original_onevision": (CHATML, " ", "\n"),
+    "original_video": (CHATML, " ", "\n"),
+    "original_longva": (CHATML, " ", "\n"),
+}
+WITHOUT_VIDEO = {"llava", "llava_next", "llava_next_mistral", "original_15"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The user's words, the sizes (width, height) of the pictures, and frames of video."""
+
+    words: str
+    sizes: tuple[tuple[int, int], ...] = ()
+    frames: int = 0
+
+
+CASES = {
+    "one": Case("What is shown in this image?", ((100, 75),)),
+    "small": Case("What is shown?", ((40, 40),)),
+    "tile": Case("What is shown?", ((56, 56),)),
+    "wide": Case("What is shown?", ((300, 60),)),
+    "tall": Case("Wie heißt 北京? 🙂", ((61, 200),)),
+    "large": Case("Describe it in detail.", ((430, 430),)),
+    "larger": Case("Describe it.", ((1003, 517),)),
+    "two": Case("What differs?", ((100, 75), (60, 60))),
+    "between": Case("Here is <image> and here\n<image> What differs?", ((80, 50), (50, 120))),
+    "after": Case("What is shown here? <image>", ((73, 91),)),
+    "text": Case("How many people are there?  Two  or 3?\n"),
+    "video": Case("What happens in the video?", frames=5),
+    "one frame": Case("What happens?", frames=1),
+    "video between": Case("In this\n<video> what happens?", frames=4),
+    "both": Case("Is this picture in the video?", ((64, 48),), frames=3),
+    "both placed": Case("The video <video>, then <image>.", ((64, 48),), frames=3),
+}
+KINDS = [*tiny.FAMILIES, *tiny_original.ORIGINALS]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A case with its media drawn, as the engine takes it and as the oracle does."""
+
+    words: str
+    text: str
+    images: list[Image.Image]
+    video: np.ndarray | None
+
+    def prepare(self, engine: Engine) -> Inputs:
+        frames = None if self.video is None else len(self.video)
+        return engine.prepare(self.words, self.images, self.video, frames=frames)
+
+
+def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Coarse colours under fine noise: resampling, cropping and padding all leave a mark."""
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    noisy = smooth + rng.integers(-40, 41, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def ask(kind: str, case: Case, seed: int = 0) -> Asked:
+    rng = np.random.default_rng([seed, *map(ord, kind + case.words)])
+    images = [picture(rng, *size) for size in case.sizes]
+    video = None
+    if case.frames:
+        video = np.stack([np.asarray(picture(rng, 90, 61)) for _ in range(case.frames)])
+    around, join, end = PROMPTS[kind]
+    marks = ["<image>"] * len(images) + ["<video>"] * (video is not None)
+    placed = not marks or "<image>" in case.words or "<video>" in case.words
+    said = case.words if placed else join.join(marks) + end + case.words
+    return Asked(case.words, around.format(said), images, video)
+
+
+@pytest.fixture(scope="module")
+def engine(oracle: Callable) -> Callable[[str], Engine]:
+    """engine("llava") -> the Engine of that tiny checkpoint, loaded once."""
+    loaded: dict[str, Engine] = {}
+
+    def load(kind: str) -> Engine:
+        if kind not in loaded:
+            loaded[kind] = zipvl.load(oracle(kind).folder, device="cpu", dtype="float32")
+        return loaded[kind]
+
+    return load
+
+
+def close(found: Tensor, wanted: Tensor, atol: float) -> None:
+    assert found.shape == wanted.shape
+    worst = (found - wanted).abs().max().item() if found.numel() else 0.0
+    assert worst <= atol, f"largest difference {worst:.2e}"
+
+
+def check(engine: Engine, oracle: Oracle, asked: Asked) -> None:
+    inputs = asked.prepare(engine)
+    given = asked.images, asked.video
+    media = sorted(inputs.media, key=lambda m: m.kind == "video")  # stable: pictures, then video
+    pixels = oracle.pixels(asked.images) if asked.images else []
+    pixels += [] if asked.video is None else [oracle.frames(asked.video)]
+    for medium, wanted in zip(media, pixels, strict=True):
+        found = normalise(medium.crops, engine.config.media, torch.float32, torch.device("cpu"))
+        close(found, wanted, 1e-5)
+    ids = oracle.input_ids(asked.text, *given)
+    assert inputs.input_ids.tolist() == ids.tolist()
+    assert int(inputs.is_visual.sum()) == sum(m.tokens for m in media)
+    with torch.inference_mode():
+        engine.encode(inputs)
+    for medium, wanted in zip(media, oracle.features(*given), strict=True):
+        assert medium.features is not None
+        close(medium.features, wanted, 1e-4)
+    logits = engine.logits(inputs)
+    close(logits, oracle.logits(asked.text, *given), 1e-4)
+    assert logits.std() > 0.3, "flat logits: any engine would agree"
+
+
+PAIRS = [(k, c) for k in KINDS for c in CASES if not (CASES[c].frames and k in WITHOUT_VIDEO)]
+
+
+@pytest.mark.parametrize(("kind", "case"), PAIRS)
+def test_parity(engine: Callable, oracle: Callable, kind: str, case: str) -> None:
+    check(engine(kind), oracle(kind), ask(kind, CASES[case]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_64_greedy_tokens(engine: Callable, oracle: Callable, kind: str) -> None:
+    case = CASES["two" if kind in WITHOUT_VIDEO else "both"]
+    asked = ask(kind, case, seed=1)
+    result = engine(kind).generate(
+        asked.prepare(engine(kind)), method="dense", max_new_tokens=64, ignore_eos=True
+    )
+    wanted = oracle(kind).greedy(asked.text, asked.images, asked.video)
+    assert len(set(wanted)) > 3, "a loop of one token: any engine would agree"
+    assert result.tokens == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [1, 7])
+def test_prefill_equals_shorter_prefill_and_decode(engine: Callable, kind: str, steps: int) -> None:
+    model = engine(kind).model
+    inputs = ask(kind, CASES["two"]).prepare(engine(kind))
+    cut = len(inputs) - steps
+    whole = engine(kind).logits(inputs)
+    start = Inputs(inputs.input_ids[:cut], inputs.is_visual[:cut], inputs.media)
+    with torch.inference_mode():
+        out = engine(kind).prefill([start], Policy(), steps, {})
+        for t in range(cut, len(inputs)):
+            x = model.text.embed_tokens(inputs.input_ids[t : t + 1])
+            hidden = model.text.decode(
+                x, torch.tensor([t]), out.caches, Policy(), engine(kind).attend
+            )
+            close(model.logits(hidden), whole[t : t + 1], 1e-4)
+
+
+@pytest.mark.parametrize("method", ["dense", "zipvl:tau=0.9"])
+@pytest.mark.parametrize(
+    "kind", ["llava", "llava_next_mistral", "llava_onevision", "original_longva"]
+)
+def test_ragged_batch_equals_one_by_one(engine: Callable, kind: str, method: str) -> None:
+    names = ["one", "text", "two", "small"]
+    names += [] if kind in WITHOUT_VIDEO else ["video"]
+    batch = [ask(kind, CASES[name], seed=2).prepare(engine(kind)) for name in names]
+    options = {"method": method, "max_new_tokens": 16, "ignore_eos": True}
+    together = engine(kind).generate(batch, **options)
+    alone = [engine(kind).generate(inputs, **options) for inputs in batch]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert len({tuple(r.tokens) for r in alone}) == len(batch)
+
+
+def test_chunks_change_nothing(oracle: Callable) -> None:
+    """Rows of the MLP and crops of the tower a few at a time."""
+    asked = ask("llava_onevision", CASES["both"])
+    engine = zipvl.load(oracle("llava_onevision").folder, device="cpu", dtype="float32")
+    whole = engine.logits(asked.prepare(engine))
+    engine.chunk = 7
+    inputs = asked.prepare(engine)
+    with torch.inference_mode():
+        for medium in inputs.media:
+            medium.features = engine.model.encode(medium.crops, medium.geometry, batch=2)
+    close(engine.logits(inputs), whole, 1e-5)
+
+
+@pytest.mark.parametrize("change", ["layers", "full", "pad"])
+def test_llava_variants(change: str, tmp_path: Path) -> None:
+    """Several feature layers side by side, the class token kept, pictures padded to squares."""
+    from oracles import HFOracle
+
+    extra = {
+        "layers": {"vision_feature_layer": [-2, 1, -1]},
+        "full": {"vision_feature_select_strategy": "full"},
+        "pad": {},
+    }[change]
+    tiny.build_hf("llava", tmp_path, seed=3, extra=extra)
+    if change == "pad":
+        settings = {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+        tiny.write_json(tmp_path / "preprocessor_config.json", tiny.CLIP_PIXELS | settings)
+    loaded = zipvl.load(tmp_path, device="cpu", dtype="float32")
+    for name in ("wide", "two"):
+        check(loaded, HFOracle(tmp_path), ask("llava", CASES[name], seed=3))
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_next_mistral"])
+@pytest.mark.parametrize("case", ["one", "wide", "two", "between"])
+def test_oracle_ids_are_those_of_the_processors(oracle: Callable, kind: str, case: str) -> None:
+    """The oracle's placeholders against transformers' own processor, where torch alone runs it."""
+    hf = oracle(kind)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(hf.folder / "tokenizer.json")
+    )
+    build = transformers.LlavaProcessor if kind == "llava" else transformers.LlavaNextProcessor
+    processor = build(hf.processor, tokenizer, patch_size=14, num_additional_image_tokens=1,
+                      vision_feature_select_strategy="default")  # fmt: skip
+    asked = ask(kind, CASES[case])
+    found = processor(text=asked.text, images=asked.images, return_tensors="pt")["input_ids"][0]
+    assert hf.input_ids(asked.text, asked.images).tolist() == found.tolist()
