@@ -1,0 +1,118 @@
+"""Questions about a clip of the demo world and their exact answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .things import COLOURS, DIGITS, KINDS, NAMES, SHAPES, Thing
+
+PHRASES = {
+    "what": ("Which object appears?", "What do you see?", "What is shown?", "Name the object."),
+    "colour": ("What colour is the {a}?", "Which colour does the {a} have?", "The {a} is of what colour?"),
+    "object": ("Which object is {c}?", "What is {c}?", "Name the {c} object."),
+    "first": ("What comes first?", "Which object appears first?", "What is the first object?"),
+    "last": ("What comes last?", "Which object appears last?", "What is the last object?"),
+    "after": ("What comes right after the {a}?", "Which object follows the {a}?", "What comes after the {a}?"),
+    "count": ("How many objects appear?", "How many objects are there?", "Count the objects."),
+    "digit": ("Which digit is written?", "What number is written?", "Which number appears?"),
+    "list": ("List all objects in order.", "Which objects appear, in order?", "Name all objects in order."),
+    "yesno": ("Is there {t}?", "Does {t} appear?", "Do you see {t}?"),
+}  # fmt: skip
+# How often a guess among the answers that fit the question's form is right.
+CHANCE = {
+    "what": 1 / (len(KINDS) * len(NAMES)),
+    "colour": 1 / len(NAMES),
+    "object": 1 / len(KINDS),
+    "first": 1 / (len(KINDS) * len(NAMES)),
+    "last": 1 / (len(KINDS) * len(NAMES)),
+    "after": 1 / (len(KINDS) * len(NAMES)),
+    "count": 1 / 5,
+    "digit": 1 / len(DIGITS),
+    "list": 1 / (len(KINDS) * len(NAMES)),
+    "yesno": 1 / 2,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its one right answer; `kind` is a key of PHRASES."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def with_article(thing: Thing) -> str:
+    """an orange star"""
+    return f"{'an' if thing.colour == 'orange' else 'a'} {thing}"
+
+
+def _missing(things: tuple[Thing, ...], rng: np.random.Generator) -> Thing:
+    """A thing that does not appear: often with the right shape or the right colour of one that does."""
+    style = rng.integers(3)
+    while True:
+        kind, colour = str(rng.choice(KINDS)), str(rng.choice(NAMES))
+        if things and style == 0:
+            kind = things[rng.integers(len(things))].kind
+        if things and style == 1:
+            colour = things[rng.integers(len(things))].colour
+        if Thing(kind, colour) not in things:
+            return Thing(kind, colour)
+
+
+def _answers(things: tuple[Thing, ...], rng: np.random.Generator) -> dict[str, Callable[[], tuple[str, Thing | None]]]:  # fmt: skip
+    """For each kind that makes sense here: a draw of (answer, the thing the question names)."""
+    n, colours = len(things), [t.colour for t in things]
+    digits = [t for t in things if t.is_digit]
+    lone = [t for t in things if colours.count(t.colour) == 1]
+    pick = lambda some: some[rng.integers(len(some))]
+
+    def after() -> tuple[str, Thing]:
+        i = rng.integers(n - 1)
+        return str(things[i + 1]), things[i]
+
+    def yesno() -> tuple[str, Thing]:
+        if n and rng.random() < 0.5:
+            return "yes", pick(things)
+        return "no", _missing(things, rng)
+
+    def about(thing: Thing, answer: str) -> tuple[str, Thing]:
+        return getattr(thing, answer), thing
+
+    makers: dict[str, tuple[bool, Callable[[], tuple[str, Thing | None]]]] = {
+        "what": (n == 1, lambda: (str(things[0]), None)),
+        "colour": (n > 0, lambda: about(pick(things), "colour")),
+        "object": (bool(lone), lambda: about(pick(lone), "kind")),
+        "first": (n > 0, lambda: (str(things[0]), None)),
+        "last": (n > 0, lambda: (str(things[-1]), None)),
+        "after": (n > 1, after),
+        "count": (True, lambda: (str(n), None)),
+        "digit": (len(digits) == 1, lambda: (digits[0].kind, None)),
+        "list": (n > 0, lambda: (", ".join(map(str, things)), None)),
+        "yesno": (True, yesno),
+    }
+    return {kind: make for kind, (fits, make) in makers.items() if fits}
+
+
+def ask(things: tuple[Thing, ...], count: int, rng: np.random.Generator, kinds: tuple[str, ...] = ()) -> list[Question]:  # fmt: skip
+    """Up to `count` questions of different kinds (of `kinds`, all by default) about a clip's things."""
+    makers = _answers(things, rng)
+    usable = [kind for kind in makers if not kinds or kind in kinds]
+    out = []
+    for kind in rng.permutation(usable)[:count]:
+        answer, thing = makers[kind]()
+        text = str(rng.choice(PHRASES[kind]))
+        if thing is not None:
+            text = text.format(a=thing.kind, c=thing.colour, t=with_article(thing))
+        out.append(Question(str(kind), text, answer))
+    return out
+
+
+def corpus() -> list[str]:
+    """Every phrase and every name: what the tokenizer is made from."""
+    names = [f"{colour} {kind}" for colour in COLOURS for kind in SHAPES + DIGITS]
+    phrases = [p.format(a=kind, c=c, t=with_article(Thing(kind, c))) for group in PHRASES.values()
+               for p in group for kind in KINDS for c in COLOURS]  # fmt: skip
+    words = [*COLOURS, *SHAPES, *DIGITS, "yes", "no"] * 9
+    return [*phrases, *names, *(", ".join(names[i::7]) for i in range(7)), *words]
