@@ -13,7 +13,7 @@ from ..model.pack import Pack
 from ..policy import Plan, Policy, View
 
 Prompt = tuple[Tensor, Tensor]  # input ids [T], is_visual [T]
-ROOM = 6  # tokens generated in a run
+ROOM = 4  # tokens generated in a run
 
 
 @dataclass(frozen=True)
