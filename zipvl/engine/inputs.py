@@ -77,10 +77,11 @@ def read_clip(source: VideoSource, config: ModelConfig, progress: Progress, fram
     return Media("video", torch.from_numpy(clip.frames), None, tokens, clip)
 
 
-def as_videos(video: VideoSource | Sequence[VideoSource] | None) -> Sequence[VideoSource]:
-    if video is None:
+def as_list(media: Any) -> Sequence[Any]:
+    """None, one medium or several, as several."""
+    if media is None:
         return []
-    return video if isinstance(video, list | tuple) else [video]  # type: ignore[list-item]
+    return media if isinstance(media, list | tuple) else [media]
 
 
 def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
@@ -115,16 +116,24 @@ def place_media(
     for message in messages:
         parts: list[dict] = [{"type": "text", "text": message["content"]}]
         if message["role"] == "user":
-            pieces = re.split(r"(<image>|<video>)", message["content"])
-            parts = first + [
-                {"type": piece[1:-1]} if i % 2 else {"type": "text", "text": piece}
-                for i, piece in enumerate(pieces)
-                if piece
-            ]
-            first = []
+            parts, first = first + split_markers(message["content"]), []
         placed.append({"role": message["role"], "content": parts})
     kinds = [p["type"] for m in placed for p in m["content"] if p["type"] != "text"]
     return placed, kinds
+
+
+def split_markers(text: str) -> list[dict]:
+    """Content parts of a user's text. White space around media that come first is left to the
+    template, which writes its own: "<image>\\nWhat?" and a picture with "What?" are the same."""
+    parts: list[dict] = []
+    for i, piece in enumerate(re.split(r"(<image>|<video>)", text)):
+        if all(part["type"] != "text" for part in parts):
+            piece = piece.lstrip() if i else piece
+        if i % 2:
+            parts.append({"type": piece[1:-1]})
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
 
 
 def build_inputs(chat: Chat, config: ModelConfig, messages: list[Message], images: list[Media],

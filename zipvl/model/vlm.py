@@ -10,6 +10,7 @@ from ..vision.encoder import VisionTower, projector
 from ..vision.image import Geometry, normalise
 from ..vision.packing import pack_image, pack_video, pool_frames
 from .decoder import Decoder
+from .linear import Linear
 
 
 class VLM(nn.Module):
@@ -24,7 +25,7 @@ class VLM(nn.Module):
         self.projector = projector(config.projector, width, text.hidden_size, config.projector_bias)
         self.image_newline = nn.Parameter(torch.zeros(text.hidden_size)) if config.newline else None
         self.text = Decoder(text)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         if text.tied:
             self.lm_head.weight = self.text.embed_tokens.weight
 

@@ -1,0 +1,140 @@
+"""What is measured: prefill, decode, and the forms of a matrix product with few rows."""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model.decoder import Prefilled
+from ..policy import load_policy
+from .model import Model
+from .rival import build_rival, rival_prefill, rival_steps
+from .timing import Factory, Row, interleaved, ratios, read_bandwidth
+
+
+@torch.inference_mode()
+def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
+    """Time to the first token's logits, cache included."""
+    rival, rows = build_rival(model) if args.rival else None, []
+    for tokens in args.tokens:
+        ids = torch.randint(model.config.vocab_size, (tokens,), device=model.device)
+        last: dict[str, Prefilled] = {}
+        runs: dict[str, Factory] = {
+            method: partial(our_prefill, model, ids, method, last) for method in args.methods
+        }
+        if rival is not None:
+            runs["transformers"] = partial(rival_prefill, rival, ids)
+        seconds = interleaved(model.device, runs, args.repeats)
+        for name, values in seconds.items():
+            details = prefill_details(last[name], values[-1]) if name in last else {}
+            rows.append({
+                "bench": "prefill", "tokens": tokens, "batch": 1, "run": name, "seconds": values,
+                "tokens_per_second": tokens / statistics.median(values),
+                **details, **ratios(seconds, name),
+            })  # fmt: skip
+    return rows
+
+
+def our_prefill(model: Model, ids: Tensor, method: str, last: dict) -> Callable[[], object]:
+    def work() -> None:
+        last[method] = model.prefill(ids, method, room=16)[1]
+
+    return work
+
+
+def prefill_details(out: Prefilled, total: float) -> Row:
+    """Shares of the last run by stage, kept ratio, attention work, bytes of the cache."""
+    stages: dict[str, float] = {}
+    for layer in out.layers:
+        for stage, value in layer.seconds.items():
+            stages[stage] = stages.get(stage, 0.0) + value / total
+    tokens = out.layers[0].tokens[0]
+    return {
+        "share": stages,
+        "ratio": statistics.mean(layer.ratio for layer in out.layers),
+        "work": statistics.mean(layer.pairs[0] / tokens**2 for layer in out.layers),
+        "kv_bytes": sum(cache.nbytes for cache in out.caches),
+    }
+
+
+@torch.inference_mode()
+def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
+    """Seconds a step of `--new` greedy steps over caches of random keys and values."""
+    rival, rows = build_rival(model) if args.rival else None, []
+    bandwidth = read_bandwidth(model.device)
+    c = model.config
+    slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+    for tokens in args.tokens:
+        for batch in args.batch:
+            ids = torch.zeros(batch, dtype=torch.long, device=model.device)
+            kept = {f"ratio {ratio:g}": int(tokens * ratio) for ratio in args.ratios}
+            runs: dict[str, Factory] = {
+                name: partial(our_steps, model, ids, tokens, slots, args.new)
+                for name, slots in kept.items()
+            }
+            if rival is not None:
+                runs["transformers"] = partial(rival_steps, model, rival, ids, tokens, args.new)
+            seconds = interleaved(model.device, runs, args.repeats)
+            for name, values in seconds.items():
+                step = statistics.median(values) / args.new
+                moved = model.weight_bytes + batch * kept.get(name, tokens) * slot
+                rows.append({
+                    "bench": "decode", "tokens": tokens, "batch": batch, "run": name,
+                    "seconds": values, "steps": args.new, "seconds_per_step": step,
+                    "tokens_per_second": batch / step, "bytes_per_step": moved,
+                    "read_bandwidth": bandwidth, "bandwidth_share": moved / step / bandwidth,
+                    **ratios(seconds, name),
+                })  # fmt: skip
+    return rows
+
+
+def our_steps(model: Model, ids: Tensor, tokens: int, kept: int, new: int) -> Callable[[], object]:
+    """Greedy steps from position `tokens` over caches of `kept` slots a sequence."""
+    caches = model.caches(kept, len(ids), new)
+    policy = load_policy("dense")
+
+    def work() -> None:
+        token = ids
+        for step in range(new):
+            x = model.decoder.embed_tokens(token)
+            at = torch.full_like(ids, tokens + step)
+            hidden = model.decoder.decode(x, at, caches, policy, model.attend)
+            token = model.logits(hidden).argmax(-1)
+
+    return work
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "F.linear": lambda w, x: F.linear(x, w),
+    "mm(W, x.T).T": lambda w, x: torch.mm(w, x.T).T,
+    "mv": lambda w, x: torch.mv(w, x[0]),
+}
+
+
+@torch.inference_mode()
+def bench_linear(model: Model, args: argparse.Namespace) -> list[Row]:
+    """The forms of a matrix product with few rows, over all linear layers of the model."""
+    weights = [m.weight for m in model.decoder.modules() if isinstance(m, torch.nn.Linear)]
+    moved = sum(w.nbytes for w in weights)
+    rows = []
+    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        xs = {w.shape[1]: torch.randn(count, w.shape[1], dtype=model.dtype) for w in weights}
+        forms = {name: form for name, form in FORMS.items() if count == 1 or name != "mv"}
+        runs: dict[str, Factory] = {
+            name: partial(every_product, form, weights, xs) for name, form in forms.items()
+        }
+        seconds = interleaved(model.device, runs, args.repeats)
+        rows += [
+            {"bench": "linear", "rows": count, "run": name, "seconds": values,
+             "bytes_per_second": moved / min(values), **ratios(seconds, name)}
+            for name, values in seconds.items()
+        ]  # fmt: skip
+    return rows
+
+
+def every_product(form: Callable, weights: list[Tensor], xs: dict[int, Tensor]) -> Callable:
+    return lambda: [form(w, xs[w.shape[1]]) for w in weights]

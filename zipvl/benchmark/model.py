@@ -1,0 +1,72 @@
+"""A decoder of a real model's shape with random weights: its speed is real, its answers are not."""
+
+import torch
+from torch import Tensor
+
+from ..config import TextConfig
+from ..engine.cache import LayerCache
+from ..model import kernels
+from ..model.decoder import Decoder, Prefilled
+from ..model.linear import Linear
+from ..model.pack import Pack
+from ..policy import load_policy
+
+SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
+    "qwen2-0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151936),
+    "longva-7b": ("qwen2", 28, 3584, 28, 4, 128, 18944, 152064),
+    "llava-1.5-7b": ("llama", 32, 4096, 32, 32, 128, 11008, 32064),
+    "llava-next-13b": ("llama", 40, 5120, 40, 40, 128, 13824, 32064),
+    "tiny": ("qwen2", 2, 64, 4, 2, 16, 128, 512),
+}
+QUESTION = 64  # text tokens at the end of a benchmark prompt; the others count as visual
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Model:
+    """A random decoder with its head, tied to the embedding."""
+
+    def __init__(self, shape: str, device: str, dtype: torch.dtype, attn: str, layers: int | None):
+        kind, depth, width, heads, kv_heads, head_dim, ffn, vocab = SHAPES[shape]
+        self.config = TextConfig(
+            kind, vocab, width, ffn, layers or depth, heads, kv_heads, head_dim, 1e-6, 1e6,
+            qkv_bias=kind == "qwen2",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.decoder = Decoder(self.config).to(dtype).eval().requires_grad_(False)
+            for p in self.decoder.parameters():
+                torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
+            self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.lm_head.weight = self.decoder.embed_tokens.weight
+        self.device, self.dtype = torch.device(device), dtype
+        self.backend, self.attend = kernels.pick(attn, self.device, dtype, head_dim)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in self.decoder.parameters())
+
+    def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Prefilled]:
+        """Logits of the last token, and what the prefill left."""
+        positions = torch.arange(len(ids), device=self.device)
+        visual = positions < len(ids) - QUESTION
+        pack = Pack.build([len(ids)], positions, visual, self.config, self.dtype)
+        x = self.decoder.embed_tokens(ids)
+        chunk = 1024 if self.device.type == "cpu" else 8192
+        out = self.decoder.prefill(x, pack, load_policy(method), self.attend, room, chunk)
+        return self.logits(out.hidden[-1:]), out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+    def caches(self, tokens: int, batch: int, room: int) -> list[LayerCache]:
+        """Random caches of `tokens` slots a sequence, to time decoding without a prefill."""
+        c, at = self.config, torch.arange(tokens, device=self.device)
+        shape = (tokens, c.num_kv_heads, c.head_dim)
+
+        def some() -> list[Tensor]:
+            return [torch.randn(shape, dtype=self.dtype, device=self.device) for _ in range(batch)]
+
+        return [
+            LayerCache(some(), some(), [at] * batch, room, [{} for _ in range(batch)])
+            for _ in range(c.num_layers)
+        ]
