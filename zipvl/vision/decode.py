@@ -21,14 +21,19 @@ ONE_LISTENER = Lock()  # FFmpeg's log callback is one for the whole process
 Frames = Generator[tuple[np.ndarray, bool], None, None]  # uint8 [h, w, 3], is it intact
 
 
-def _upright(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """RGB picture, uint8 [h, w, 3], of `size` (w, h) before its display matrix turns it upright."""
+def _matrix(frame: Any) -> tuple[int, int, int, int]:
+    """a, b, c, d of the display matrix: shown at x' = a x + c y, y' = b x + d y."""
+    data = frame.side_data.get("DISPLAYMATRIX")  # rows (a b u), (c d v), (x y w)
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(data, dtype=np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _upright(frame: Any, size: tuple[int, int], matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """RGB picture, uint8 [h, w, 3], of `size` (w, h) before the matrix turns it upright."""
     picture = frame.reformat(width=size[0], height=size[1], format="rgb24").to_ndarray()
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return picture
-    # x' = a x + c y and y' = b x + d y, from rows (a b u), (c d v), (x y w)
-    a, b, _, c, d = np.frombuffer(matrix, dtype=np.int32)[:5]
+    a, b, c, d = matrix
     if abs(b) > abs(a):
         picture, a, d = picture.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
@@ -52,7 +57,7 @@ def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
         stream.thread_type = threads
         size = stream.codec_context.width, stream.codec_context.height
         source = enumerate(frames_of(container, stream))
-        frame, at, hurt = None, int(index.ticks[0]) - 1, False
+        frame, at, hurt, matrix = None, int(index.ticks[0]) - 1, False, None
         for want in targets if index.counted else index.ticks[targets].tolist():
             keys = index.keys[index.keys <= want]
             if len(keys) and at < keys[-1] and keys[-1] > index.ticks[0]:
@@ -69,7 +74,8 @@ def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
                 hurt = frame.is_corrupt or (hurt and not frame.key_frame)
             if frame is None:
                 return
-            yield _upright(frame, size), at == want and not hurt
+            matrix = matrix or _matrix(frame)  # once: to ask keeps a frame alive until collected
+            yield _upright(frame, size, matrix), at == want and not hurt
 
 
 def _same_colours(index: Index) -> bool:
@@ -80,7 +86,7 @@ def _same_colours(index: Index) -> bool:
             frame is not None
             and frame.format.name in ("yuv420p", "yuvj420p")
             and not (frame.width % 2 or frame.height % 2 or frame.interlaced_frame)
-            and frame.side_data.get("DISPLAYMATRIX") is None
+            and _matrix(frame) == (1, 0, 0, 1)
         )
 
 
@@ -123,11 +129,11 @@ def decord_frames(index: Index, targets: list[int]) -> Frames:
             return
         try:
             for target in targets if len(reader) == len(index.ticks) else []:
-                picture = reader.get_batch([target]).asnumpy()[0]
+                picture = reader[target].asnumpy()  # get_batch would let the heap grow
                 if errors:
                     return
                 yield picture, True
-        except decord.DECORDError:
+        except (decord.DECORDError, StopIteration):
             return
         finally:
             del reader  # its threads end here, while there is someone to call back
