@@ -11,7 +11,10 @@ import sys
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="generate.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+        prog="generate.py",
+        usage="%(prog)s [-m MODEL] [-v FILE] [-i FILE] [-p TEXT] [options]",
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
     )
     add = parser.add_argument_group("what to ask").add_argument
     add(
@@ -99,17 +102,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Faults of the command line that need no model to be seen."""
-    if args.dense and (
-        args.method or args.tau is not None or args.keep_ratio is not None or args.probe
-    ):
+    choices = (args.method, args.tau, args.keep_ratio, args.probe)
+    if args.dense and any(choice is not None for choice in choices):
         parser.error(
             "--dense keeps every token: leave out --method, --tau, --keep-ratio and --probe"
         )
-    if args.prompt is None and not sys.stdin.isatty():
+    interactive = sys.stdin and sys.stdin.isatty()
+    if (args.prompt is None and not interactive) or (args.prompt == "-" and not sys.stdin):
         parser.error("no prompt: give -p TEXT, or -p - to read it from standard input")
-    if args.probe:
+    if args.prompt is None and args.json:
+        parser.error("--json prints one answer and a chat has many: give -p TEXT")
+    if args.probe is not None:
         recent, plus, random = args.probe.partition("+")
-        if not (plus and recent.isdigit() and random.isdigit()):
+        if not (plus and recent.isdecimal() and random.isdecimal()):
             parser.error(f"--probe {args.probe}: write recent+random, for example 64+64")
         args.probe = {"recent": int(recent), "random": int(random)}
 
@@ -118,7 +123,13 @@ def run(args: argparse.Namespace) -> int:
     """Everything after parsing; imports torch late, so that --help and usage errors are quick."""
     import zipvl
     from zipvl import terminal
+    from zipvl.vision.image import open_image
+    from zipvl.vision.video_index import local_file
 
+    for path in args.video:
+        local_file(path)  # a mistyped name is told before a large model is loaded
+    for path in args.image:
+        open_image(path)
     policy = zipvl.load_policy(
         "dense" if args.dense else args.method or "zipvl",
         tau=args.tau, ratio=args.keep_ratio, **(args.probe or {}),

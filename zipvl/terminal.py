@@ -8,7 +8,7 @@ import sys
 import torch
 
 from .engine.engine import Engine
-from .engine.inputs import Inputs, Message
+from .engine.inputs import ImageSource, Inputs, Message, VideoSource
 from .engine.run import Result
 from .errors import ZipvlError
 from .policy import Policy
@@ -29,19 +29,24 @@ class Session:
 
     def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace):
         self.engine, self.policy, self.args = engine, policy, args
-        self.images, self.videos = list(args.image), list(args.video)
-        self.known: Inputs | None = None  # the last prompt: its media need no second reading
+        # A video is read once. Pictures are read again when one is added, as some models cut a
+        # lone picture differently; else they are taken from the last prompt.
+        self.images: list[ImageSource] = list(args.image)
+        self.videos: list[VideoSource] = list(args.video)
+        self.known: Inputs | None = None  # the last prompt
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if sys.stdin:  # bytes that are no UTF-8 come as they do on the command line
+            sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
     def prepare(self, prompt: str | list[Message]) -> Inputs:
-        args, images, videos = self.args, self.images, self.videos
+        args, images = self.args, self.images
         if self.known:
             images = [m for m in self.known.media if m.kind == "image"]
-            videos = [m for m in self.known.media if m.kind == "video"]
         self.known = self.engine.prepare(
-            prompt, images, videos, args.frames, args.fps, args.start, args.end, args.system
+            prompt, images, self.videos, args.frames, args.fps, args.start, args.end, args.system
         )
+        self.videos = [m for m in self.known.media if m.kind == "video"]
         if not args.quiet:
             say(headline(self.engine, self.policy, self.known))
             for warning in self.known.warnings:
@@ -83,6 +88,8 @@ class Session:
 
     def chat(self) -> int:
         """Questions about the same media until /quit or end of input."""
+        if self.images or self.videos:
+            self.prepare("")
         say(HELP)
         talk: list[Message] = []
         last: Result | None = None
@@ -99,8 +106,7 @@ class Session:
             elif command == "/stats":
                 say(summary(last.stats) if last else "nothing asked yet")
             elif command in ("/image", "/video") and rest:
-                (self.images if command == "/image" else self.videos).append(rest.strip())
-                self.known, talk = None, []
+                talk = [] if self.add(command, rest.strip()) else talk
             elif line.startswith("/"):
                 say(HELP)
             elif line:
@@ -112,6 +118,21 @@ class Session:
                     continue
                 last = result or last
                 talk = [*asked, {"role": "assistant", "content": text}]
+
+    def add(self, command: str, path: str) -> bool:
+        """One more medium, read at once; a file at fault is reported and forgotten."""
+        media: list = self.images if command == "/image" else self.videos
+        known = self.known
+        media.append(path)
+        self.known = None
+        try:
+            self.prepare("")
+        except ZipvlError as e:
+            say(f"error: {e}")
+            media.pop()
+            self.known = known
+            return False
+        return True
 
 
 def read_line() -> str:

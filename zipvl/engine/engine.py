@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..model import kernels
 from ..model.attention import Pack
 from ..model.chat import Chat
@@ -25,7 +26,7 @@ from .inputs import (
     Inputs,
     Message,
     VideoSource,
-    as_videos,
+    as_list,
     build_inputs,
     conversation,
     read_clip,
@@ -80,10 +81,11 @@ class Engine:
         Raises MediaError, UsageError, ModelError.
         """
         began = time.perf_counter()
+        images = as_list(images)
         pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
         clips = [
             read_clip(v, self.config, self.progress, frames, fps, start, end)
-            for v in as_videos(video)
+            for v in as_list(video)
         ]
         messages = conversation(prompt, system)
         seconds = time.perf_counter() - began
@@ -94,26 +96,27 @@ class Engine:
                images: Sequence[ImageSource] = (),
                video: VideoSource | None = None) -> Tensor:  # fmt: skip
         """float32 [T, V] at every position; NaN where the token left the stream (FastV)."""
-        inputs = inputs if isinstance(inputs, Inputs) else self.prepare(inputs, images, video)
+        inputs = self.prepared(inputs, images, video)
         out = self.prefill([inputs], load_policy(method), None, {})
         logits = self.model.logits(out.hidden)
         full = logits.new_full((len(inputs), logits.shape[1]), torch.nan)
         return full.index_copy(0, out.pack.positions, logits)
 
-    def generate(self, inputs: Inputs | str | Sequence[Inputs], method: str | Policy = "zipvl",
-                 max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-                 top_k: int = 0, seed: int = 0, ignore_eos: bool = False,
-                 images: Sequence[ImageSource] = (), video: VideoSource | None = None,
+    def generate(self, inputs: Inputs | str | Sequence[Inputs | str],
+                 method: str | Policy = "zipvl", max_new_tokens: int = 256,
+                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
+                 ignore_eos: bool = False, images: Sequence[ImageSource] = (),
+                 video: VideoSource | None = None,
                  ) -> Result | list[Result]:  # fmt: skip
         """The answer to one prompt, or the list of answers to a batch, each as if asked alone."""
-        if isinstance(inputs, str):
-            inputs = self.prepare(inputs, images, video)
-        batch = [inputs] if isinstance(inputs, Inputs) else list(inputs)
+        alone = isinstance(inputs, Inputs | str)
+        asked = [inputs] if isinstance(inputs, Inputs | str) else inputs
+        batch = [self.prepared(i, images, video) for i in asked]
         run = Run(self, batch, load_policy(method), Sampling(temperature, top_p, top_k, seed))
-        for _ in run.steps(max_new_tokens, ignore_eos):
+        for _ in run.steps(max_new_tokens, ignore_eos) if batch else ():
             pass
         results = [run.result(b) for b in range(len(batch))]
-        return results[0] if isinstance(inputs, Inputs) else results
+        return results[0] if alone else results
 
     def stream(self, inputs: Inputs | str, method: str | Policy = "zipvl",
                max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
@@ -121,12 +124,23 @@ class Engine:
                images: Sequence[ImageSource] = (),
                video: VideoSource | None = None) -> Iterator[Piece]:  # fmt: skip
         """Pieces of the answer as they are made; the last carries the Result."""
-        inputs = inputs if isinstance(inputs, Inputs) else self.prepare(inputs, images, video)
+        inputs = self.prepared(inputs, images, video)
         run = Run(self, [inputs], load_policy(method), Sampling(temperature, top_p, top_k, seed))
         text = self.chat.detokenizer()
         for made in run.steps(max_new_tokens, ignore_eos):
             yield from (Piece(text.push(token), token) for _, token in made)
         yield Piece(text.flush(), None, run.result(0))
+
+    def prepared(self, inputs: Inputs | str, images: Sequence[ImageSource],
+                 video: VideoSource | None) -> Inputs:  # fmt: skip
+        """`inputs`, or a prompt and its media prepared. Raises UsageError for anything else."""
+        if isinstance(inputs, str):
+            return self.prepare(inputs, images, video)
+        if not isinstance(inputs, Inputs):
+            raise UsageError(f"inputs is a {type(inputs).__name__}: give text or prepared inputs")
+        if as_list(images) or video is not None:
+            raise UsageError("these inputs are prepared: give pictures and videos to prepare()")
+        return inputs
 
     def encode(self, inputs: Inputs) -> list[Tensor]:
         """Features [tokens, C] of each medium, computed once and kept with the inputs."""

@@ -46,6 +46,7 @@ class Run:
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
         engine, model = self.engine, self.engine.model
+        self.check_window(max_new_tokens)
         clock, self.room = Clock(model.device), max_new_tokens
         out = engine.prefill(self.inputs, self.policy, max_new_tokens, self.seconds)
         self.layers, caches = out.layers, out.caches
@@ -81,6 +82,16 @@ class Run:
                     caches, self.policy, engine.attend,
                 )  # fmt: skip
                 logits = model.logits(hidden)
+
+    def check_window(self, max_new_tokens: int) -> None:
+        """Answers, too, must stay inside a sliding window; the last token is never attended to."""
+        window = self.engine.config.text.sliding_window
+        longest = max(len(i) for i in self.inputs)
+        if window and longest + max_new_tokens - 1 > window:
+            raise UsageError(
+                f"{longest} prompt tokens and {max_new_tokens} new ones do not fit this model's "
+                f"attention window of {window}: ask for fewer --max-new-tokens"
+            )
 
     def first_logits(self, hidden: Tensor, pack: Pack) -> Tensor:
         """Logits [B, V] of each prompt's last token, checked to be numbers."""
