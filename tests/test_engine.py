@@ -1,0 +1,560 @@
+"""The public API of the engine, on tiny checkpoints: what users call, and what may go wrong."""
+
+import copy
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zipvl
+from zipvl import MediaError, ModelError, OutOfMemory, UsageError
+from zipvl.engine.cache import LayerCache
+from zipvl.engine.engine import Engine
+
+STAGES = {"video", "vision", "prefill", "decode"}
+
+
+@pytest.fixture(scope="module")
+def folder(oracle: Callable) -> Path:
+    return oracle("llava_onevision").folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return zipvl.load(folder, device="cpu")
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    noise = np.random.default_rng().integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.fixture
+def video() -> np.ndarray:
+    return np.random.default_rng().integers(0, 256, (6, 60, 80, 3), dtype=np.uint8)
+
+
+def with_stops(engine: Engine, *stops: int) -> Engine:
+    """The same engine, whose answers end at any of `stops`."""
+    other = copy.copy(engine)
+    other.chat = dataclasses.replace(engine.chat, stop_ids=frozenset(stops))
+    return other
+
+
+def with_own_weights(engine: Engine) -> Engine:
+    """The same engine with a copy of the weights, for tests that damage them."""
+    other = copy.copy(engine)
+    other.model = copy.deepcopy(engine.model)
+    return other
+
+
+def runs(inputs: zipvl.Inputs) -> list[str]:
+    """What the prompt is made of, in order: "text" or "visual" stretches."""
+    flags = inputs.is_visual.tolist()
+    changes = [f for i, f in enumerate(flags) if i == 0 or f != flags[i - 1]]
+    return ["visual" if f else "text" for f in changes]
+
+
+# --- names and types --------------------------------------------------------------------------
+
+
+def test_inputs_and_logits(engine: Engine, picture: Image.Image, video: np.ndarray) -> None:
+    inputs = engine.prepare("What happens?", images=[picture], video=video, frames=4)
+    assert inputs.input_ids.dtype == torch.int64
+    assert inputs.is_visual.dtype == torch.bool
+    assert inputs.input_ids.shape == inputs.is_visual.shape == (len(inputs),)
+    image, clip = inputs.media
+    config = engine.config
+    assert (inputs.input_ids == config.image_token).sum() == image.tokens > 0
+    assert (inputs.input_ids == config.video_token).sum() == clip.tokens > 0
+    assert inputs.is_visual.sum() == image.tokens + clip.tokens
+    logits = engine.logits(inputs)
+    assert logits.dtype == torch.float32
+    assert logits.shape == (len(inputs), config.text.vocab_size)
+    assert logits.isfinite().all()
+
+
+def test_result(engine: Engine, picture: Image.Image) -> None:
+    out = engine.generate("What is it?", images=[picture], max_new_tokens=5, ignore_eos=True)
+    assert isinstance(out, zipvl.Result)
+    assert isinstance(out.text, str)
+    assert len(out.tokens) == 5
+    assert all(type(t) is int for t in out.tokens)
+    assert out.finish_reason == "length"
+    assert out.text == engine.chat.decode(out.tokens)
+
+
+def test_greedy_follows_the_logits(engine: Engine, video: np.ndarray) -> None:
+    """generate's tokens are the arg max of `logits` over the prompt and the answer so far."""
+    inputs = engine.prepare("Describe the video.", video=video)
+    out = engine.generate(inputs, method="dense", max_new_tokens=6, ignore_eos=True)
+    longer = copy.copy(inputs)
+    longer.input_ids = torch.cat([inputs.input_ids, torch.tensor(out.tokens)])
+    longer.is_visual = torch.cat([inputs.is_visual, torch.zeros(6, dtype=torch.bool)])
+    logits = engine.logits(longer)[len(inputs) - 1 : -1, : engine.chat.vocab_size]
+    assert logits.argmax(-1).tolist() == out.tokens
+
+
+def test_prompt_direct_equals_prepared(
+    engine: Engine, picture: Image.Image, video: np.ndarray
+) -> None:
+    media = {"images": [picture], "video": video}
+    inputs = engine.prepare("Look.", **media)
+    options = {"method": "dense", "max_new_tokens": 4}
+    wanted = engine.generate(inputs, **options).tokens
+    assert engine.generate("Look.", **options, **media).tokens == wanted
+    streamed = [p.token for p in engine.stream("Look.", **options, **media)]
+    assert streamed == [*wanted, None]
+    assert torch.equal(engine.logits("Look.", **media), engine.logits(inputs))
+
+
+def test_media_sources_are_equal(engine: Engine, picture: Image.Image, tmp_path: Path) -> None:
+    """A path, a Path in odd letters, a PIL picture, alone or in a list."""
+    path = tmp_path / "ein Bild 写真.png"
+    picture.save(path)
+    ids = [engine.prepare("x", images=i) for i in ([str(path)], [path], [picture], path, picture)]
+    for other in ids[1:]:
+        assert torch.equal(ids[0].input_ids, other.input_ids)
+        assert torch.equal(ids[0].media[0].crops, other.media[0].crops)
+
+
+# --- markers and messages ---------------------------------------------------------------------
+
+
+def test_markers_place_media(engine: Engine, picture: Image.Image, video: np.ndarray) -> None:
+    other = picture.resize((40, 200))
+    inputs = engine.prepare(
+        "First <image> then <video> or <image> and <video>?",
+        images=[picture, other], video=[video, video[:2]], frames=2,
+    )  # fmt: skip
+    assert [m.kind for m in inputs.media] == ["image", "video", "image", "video"]
+    assert inputs.media[0].geometry.width == picture.width
+    assert inputs.media[2].geometry.width == other.width
+    assert inputs.media[3].clip.total == 2
+    assert runs(inputs) == ["text", "visual"] * 4 + ["text"]
+    sizes = [m.tokens for m in inputs.media]
+    edges = inputs.is_visual.int().diff().nonzero()[:, 0].tolist()
+    assert [b - a for a, b in zip(edges[::2], edges[1::2], strict=True)] == sizes
+
+
+def test_without_markers_media_come_first(engine: Engine, picture: Image.Image) -> None:
+    first = engine.prepare("Which is red?", images=[picture, picture])
+    assert [m.kind for m in first.media] == ["image", "image"]
+    tail = engine.chat.tokenizer.decode(
+        first.input_ids[first.is_visual.nonzero()[-1] + 1 :].tolist()
+    )
+    assert "Which is red?" in tail
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "videos", "named"),
+    [
+        ("<image> <image>", 1, 0, "2 <image> markers but 1 images"),
+        ("<image>", 2, 0, "1 <image> markers but 2 images"),
+        ("<video>", 0, 2, "1 <video> markers but 2 videos"),
+        ("see <image>", 0, 0, "1 <image> markers but 0 images"),
+        ("<video> and", 1, 0, "1 <video> markers but 0 videos"),
+    ],
+)
+def test_markers_must_match(
+    engine: Engine, picture: Image.Image, video: np.ndarray, prompt: str, images: int,
+    videos: int, named: str,
+) -> None:  # fmt: skip
+    with pytest.raises(UsageError, match=named):
+        engine.prepare(prompt, images=[picture] * images, video=[video] * videos)
+
+
+def test_messages_with_history(engine: Engine, picture: Image.Image) -> None:
+    talk = [
+        {"role": "user", "content": "What is <image>?"},
+        {"role": "assistant", "content": "A door."},
+        {"role": "user", "content": "And <image>?"},
+    ]
+    inputs = engine.prepare(talk, images=[picture, picture], system="Be brief.")
+    text = engine.chat.tokenizer.decode(
+        inputs.input_ids[~inputs.is_visual].tolist(), skip_special_tokens=False
+    )
+    places = [text.index(t) for t in ("Be brief.", "What is", "A door.", "And", "assistant\n")]
+    assert places[:4] == sorted(places[:4])
+    assert text.endswith("assistant\n")
+    assert runs(inputs) == ["text", "visual", "text", "visual", "text"]
+
+
+def test_a_second_question_encodes_nothing(engine: Engine, video: np.ndarray) -> None:
+    inputs = engine.prepare("What happens?", video=video)
+    engine.generate(inputs, max_new_tokens=1)
+    features = inputs.media[0].features
+    assert features is not None
+    second = engine.prepare("And then?", video=inputs.media)
+    out = engine.generate(second, method="dense", max_new_tokens=4)
+    assert second.media[0].features is features
+    fresh = engine.generate("And then?", video=video, method="dense", max_new_tokens=4)
+    assert out.tokens == fresh.tokens
+    assert out.stats.frames == fresh.stats.frames
+
+
+def test_prompt_faults(engine: Engine, picture: Image.Image) -> None:
+    with pytest.raises(UsageError, match="prompt is empty"):
+        engine.prepare("")
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        engine.prepare("caf\udce9")
+    with pytest.raises(UsageError, match="already prepared|are prepared"):
+        engine.generate(engine.prepare("x"), images=[picture])
+    with pytest.raises(UsageError, match="inputs is a dict"):
+        engine.generate([{"role": "user", "content": "x"}])
+    with pytest.raises(MediaError, match="gone.png"):
+        engine.prepare("x", images=["gone.png"])
+    with pytest.raises(MediaError, match=r"float64 \[2, 3\]"):
+        engine.prepare("x", video=np.zeros((2, 3)))
+    with pytest.raises(UsageError, match="max_new_tokens is 0"):
+        engine.generate("x", max_new_tokens=0)
+    assert len(engine.prepare("", images=[picture]).media) == 1
+
+
+# --- streaming, stopping, batches -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llava_onevision", "llava"])
+def test_stream_is_generate(oracle: Callable, kind: str, picture: Image.Image) -> None:
+    engine = zipvl.load(oracle(kind).folder)
+    inputs = engine.prepare("What is shown?", images=[picture])
+    for seed in range(3):  # hot sampling makes broken characters
+        options = {"max_new_tokens": 40, "temperature": 3.0, "seed": seed}
+        out = engine.generate(inputs, **options)
+        *pieces, last = engine.stream(inputs, **options)
+        assert [p.token for p in pieces] == out.tokens
+        assert "".join(p.text for p in pieces) + last.text == out.text == last.result.text
+        assert all(p.result is None for p in pieces)
+        assert last.token is None
+        assert last.result.tokens == out.tokens
+
+
+def test_stop_token_is_left_out(engine: Engine) -> None:
+    options = {"method": "dense", "max_new_tokens": 24, "temperature": 1.0, "seed": 4}
+    whole = engine.generate("What happens?", **options, ignore_eos=True).tokens
+    assert len(whole) == 24
+    at = next(i for i, t in enumerate(whole) if i > 3 and t not in whole[:i])
+    stopping = with_stops(engine, whole[at])
+    out = stopping.generate("What happens?", **options)
+    assert (out.tokens, out.finish_reason) == (whole[:at], "stop")
+    assert [p.token for p in stopping.stream("What happens?", **options)] == [*whole[:at], None]
+    assert stopping.generate("What happens?", **options, ignore_eos=True).tokens == whole
+    first = with_stops(engine, whole[0]).generate("What happens?", **options)
+    assert (first.text, first.tokens, first.finish_reason) == ("", [], "stop")
+
+
+def test_stopping_with_the_last_token(engine: Engine) -> None:
+    whole = engine.generate("Hi", method="dense", max_new_tokens=3, ignore_eos=True)
+    one = engine.generate("Hi", method="dense", max_new_tokens=1, ignore_eos=True)
+    assert (one.tokens, one.finish_reason) == (whole.tokens[:1], "length")
+    assert one.stats.decode_rate == 0
+
+
+@pytest.mark.parametrize("method", ["dense", "zipvl:tau=0.8,always=last"])
+def test_batch_is_one_by_one(
+    engine: Engine, picture: Image.Image, video: np.ndarray, method: str
+) -> None:
+    asked = [
+        engine.prepare("Short."),
+        engine.prepare("What happens in the video?", video=video),
+        engine.prepare("Compare <image> with <image>.", images=[picture, picture]),
+    ]
+    options = {"method": method, "max_new_tokens": 8, "temperature": 0.7, "seed": 9}
+    alone = [engine.generate(i, **options, ignore_eos=True) for i in asked]
+    together = engine.generate(asked, **options, ignore_eos=True)
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [r.stats.batch for r in together] == [3, 3, 3]
+    for one, same in zip(alone, together, strict=True):
+        assert same.stats.layers == one.stats.layers
+        assert same.stats.kv_bytes_dense == one.stats.kv_bytes_dense
+    again = engine.generate(asked[:1], **options, ignore_eos=True)
+    assert isinstance(again, list)
+    assert again[0].tokens == alone[0].tokens
+    assert engine.generate([]) == []
+    texts = engine.generate(["Short.", "Short."], **options, ignore_eos=True)
+    assert [r.tokens for r in texts] == [alone[0].tokens] * 2
+
+
+def test_finished_sequences_leave(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["What is it?", "How many people are there?", "The cat is black."]
+    asked = [engine.prepare(p) for p in prompts]
+    options = {"method": "dense", "max_new_tokens": 12, "temperature": 1.5, "seed": 2}
+    whole = [r.tokens for r in engine.generate(asked, **options, ignore_eos=True)]
+    stop = whole[1][2]
+    wanted = [t[: t.index(stop)] if stop in t else t for t in whole]
+    sizes = []
+    decode = type(engine.model.text).decode
+
+    def spy(self, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        sizes.append(len(x))
+        return decode(self, x, *rest)
+
+    monkeypatch.setattr(type(engine.model.text), "decode", spy)
+    out = with_stops(engine, stop).generate(asked, **options)
+    assert [r.tokens for r in out] == wanted
+    reasons = ["stop" if stop in t else "length" for t in whole]
+    assert [r.finish_reason for r in out] == reasons
+    live = [sum(len(t) > step for t in wanted) for step in range(12)]
+    assert sizes == [n for n in live[:11] if n]
+
+
+# --- seeds and sampling -----------------------------------------------------------------------
+
+
+def test_padding_rows_are_never_sampled(engine: Engine) -> None:
+    size = engine.chat.vocab_size
+    assert engine.config.text.vocab_size > size, "the test needs an embedding with padding rows"
+    loud = with_own_weights(engine)
+    loud.model.lm_head.weight[size:] = loud.model.lm_head.weight[:size].mean(0) * 100
+    for options in ({}, {"temperature": 50.0}):
+        tokens = loud.generate("What?", max_new_tokens=40, ignore_eos=True, **options).tokens
+        assert max(tokens) < size
+
+
+def test_same_seed_in_two_processes(engine: Engine, folder: Path) -> None:
+    options = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 77}
+    code = (
+        "import json, sys, torch, zipvl; torch.rand(3); torch.set_num_threads(2);"
+        "e = zipvl.load(sys.argv[1]);"
+        "print(json.dumps([e.generate('What happens?', **json.loads(sys.argv[2])).tokens"
+        " for _ in range(2)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), json.dumps(options)],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    here = engine.generate("What happens?", **options).tokens
+    assert json.loads(done.stdout) == [here, here]
+    assert engine.generate("What happens?", **options | {"seed": 78}).tokens != here
+
+
+def test_requests_leave_no_trace(engine: Engine, picture: Image.Image, video: np.ndarray) -> None:
+    """A, B, A: the second A answers as the first, also with a policy object that B used."""
+    policy = zipvl.load_policy("zipvl:tau=0.9,always=last,recent=8,random=8")
+    a, b = engine.prepare("What?", video=video), engine.prepare("Who?", images=[picture])
+    options = {"method": policy, "max_new_tokens": 6, "ignore_eos": True}
+    first = engine.generate(a, **options)
+    engine.generate(b, **options)
+    list(engine.stream(b, **options))
+    second = engine.generate(a, **options)
+    assert first.tokens == second.tokens
+    assert first.stats.layers == second.stats.layers
+
+
+# --- statistics -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dense", "zipvl:tau=0.7,always=last"])
+def test_stats(engine: Engine, video: np.ndarray, method: str) -> None:
+    inputs = engine.prepare("What happens in the video?", video=video, frames=5)
+    stats = engine.generate(inputs, method=method, max_new_tokens=7, ignore_eos=True).stats
+    raw = stats.to_dict()
+    assert json.loads(json.dumps(raw, allow_nan=False)) == raw
+    assert set(stats.seconds) >= STAGES
+    assert all(s >= 0 for s in stats.seconds.values())
+    assert stats.seconds["video"] == inputs.seconds > 0
+    assert stats.seconds["prefill"] >= sum(
+        s for name, s in stats.seconds.items() if name.startswith("prefill_")
+    )
+    assert (stats.prompt_tokens, stats.new_tokens) == (len(inputs), 7)
+    assert stats.visual_tokens == int(inputs.is_visual.sum())
+    assert [f["index"] for f in stats.frames] == np.linspace(0, 5, 5, dtype=int).tolist()
+    assert stats.peak_memory > 10**7
+    assert len(stats.layers) == engine.config.text.num_layers
+    dense = method == "dense"
+    for layer in stats.layers:
+        assert layer["tokens"] == len(inputs)
+        assert (layer["attended"] == len(inputs)) == dense
+        assert layer["cached"] == layer["attended"]
+        assert layer["ratio"] == layer["attended"] / len(inputs)
+        assert layer["work"] == pytest.approx(layer["ratio"] ** 2)
+    assert stats.ratio == pytest.approx(np.mean([x["ratio"] for x in stats.layers]))
+    assert (stats.kv_bytes == stats.kv_bytes_dense) == dense
+    assert stats.kv_bytes <= stats.kv_bytes_dense
+    assert stats.prefill_rate == pytest.approx(len(inputs) / stats.seconds["prefill"])
+    assert stats.decode_rate == pytest.approx(6 / stats.seconds["decode"])
+
+
+@pytest.mark.parametrize("method", ["dense", "zipvl:tau=0.7,always=last"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_kv_bytes_are_real_storage(
+    engine: Engine, video: np.ndarray, method: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[LayerCache] = []
+    start = LayerCache.__init__
+
+    def spy(self: LayerCache, *args: object) -> None:
+        start(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(LayerCache, "__init__", spy)
+    asked = [engine.prepare("What? " * (b + 1), video=video) for b in range(count)]
+    out = engine.generate(asked, method=method, max_new_tokens=5, ignore_eos=True)
+    bytes_held = sum(
+        t.untyped_storage().nbytes() for cache in made[: engine.config.text.num_layers]
+        for t in (cache.k, cache.v)
+    )  # fmt: skip
+    assert len(made) == engine.config.text.num_layers
+    assert sum(r.stats.kv_bytes for r in out) == bytes_held
+
+
+def test_caches_die_with_the_answer(engine: Engine, video: np.ndarray) -> None:
+    out = engine.generate("What?", video=video, max_new_tokens=3)
+    stream = engine.stream("What?", video=video, max_new_tokens=9)
+    next(stream)
+    assert any(type(o) is LayerCache for o in gc.get_objects())
+    stream.close()
+    gc.collect()
+    assert not [o for o in gc.get_objects() if type(o) is LayerCache]
+    assert out.tokens
+
+
+# --- checkpoints and machines -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"attn": "magic"}, "unknown attention backend 'magic'"),
+        ({"attn": "torch-flash", "device": "cpu"}, "cannot run here"),
+        ({"template": "no-such"}, "template 'no-such' is neither"),
+    ],
+)
+def test_load_options(folder: Path, options: dict, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        zipvl.load(folder, **options)
+
+
+@pytest.mark.parametrize("name", ["missing/folder/deep", "no such thing", "config.json"])
+def test_load_names_what_is_no_checkpoint(folder: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=name.rpartition("/")[2]):
+        zipvl.load(folder / name if name == "config.json" else name)
+
+
+def test_bfloat16_on_the_cpu(folder: Path, engine: Engine, video: np.ndarray) -> None:
+    half = zipvl.load(folder, device="cpu", dtype="bf16")
+    inputs = half.prepare("What happens?", video=video)
+    assert half.model.dtype == torch.bfloat16
+    got, wanted = half.logits(inputs), engine.logits(engine.prepare("What happens?", video=video))
+    assert got.dtype == torch.float32
+    gap = (got - wanted).abs().mean() / wanted.std()
+    assert 0 < gap < 0.15
+    out = half.generate(inputs, max_new_tokens=4, ignore_eos=True)
+    assert out.stats.kv_bytes < engine.generate(inputs, max_new_tokens=4).stats.kv_bytes
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(engine: Engine, bad: float) -> None:
+    broken = with_own_weights(engine)
+    broken.model.text.layers[0].mlp.down_proj.weight[3, 5] = bad
+    with pytest.raises(ModelError, match="--dtype"):
+        broken.generate("Hello")
+    with pytest.raises(ModelError, match="--dtype"):
+        next(broken.stream("Hello"))
+
+
+def with_config(engine: Engine, window: int | None = None, length: int | None = None) -> Engine:
+    other = copy.copy(engine)
+    text = dataclasses.replace(engine.config.text, sliding_window=window)
+    other.config = dataclasses.replace(engine.config, text=text, max_length=length)
+    return other
+
+
+def test_long_prompts_warn(engine: Engine, video: np.ndarray) -> None:
+    count = len(engine.prepare("What?", video=video, frames=6))
+    assert with_config(engine, length=count).prepare("What?", video=video, frames=6).warnings == []
+    short = with_config(engine, length=count - 1)
+    [warning] = short.prepare("What?", video=video, frames=6).warnings
+    assert f"has {count} tokens" in warning
+    assert f"{count - 1}: " in warning
+
+
+def test_sliding_windows_refuse(engine: Engine) -> None:
+    """A window may hold prompt and answer whole, or the model would compute something else."""
+    count = len(engine.prepare("What is in the video?"))
+    with pytest.raises(ModelError, match=f"{count} tokens.*window is {count - 1}"):
+        with_config(engine, window=count - 1).prepare("What is in the video?")
+    tight = with_config(engine, window=count + 2)
+    with pytest.raises(UsageError, match="fewer --max-new-tokens"):
+        tight.generate("What is in the video?", max_new_tokens=4)
+    out = tight.generate("What is in the video?", max_new_tokens=3, ignore_eos=True)
+    wanted = engine.generate("What is in the video?", max_new_tokens=3, ignore_eos=True)
+    assert out.tokens == wanted.tokens
+
+
+@pytest.mark.parametrize(
+    ("refusal", "number"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 GiB."), "20.50 GiB"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"
+                      " allocate 76543210 bytes. Error code 12"), "76543210 bytes"),
+        (MemoryError(), "no size"),
+    ],
+    ids=["cuda", "cpu", "python"],
+)  # fmt: skip
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_out_of_memory(
+    engine: Engine, refusal: Exception, number: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence with the number and what to lower; the engine answers the next request."""
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise refusal
+
+    before = engine.generate("What?", max_new_tokens=4, ignore_eos=True).tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.model.text), stage, refuse)
+        with pytest.raises(OutOfMemory, match=number) as caught:
+            engine.generate("What?", max_new_tokens=4, ignore_eos=True)
+    assert caught.value.code == 3
+    assert "--frames" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert engine.generate("What?", max_new_tokens=4, ignore_eos=True).tokens == before
+
+
+def test_other_runtime_errors_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only an allocator's refusal is dressed as one."""
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(type(engine.model.text), "prefill", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        engine.generate("What?")
+
+
+def test_methods(engine: Engine, video: np.ndarray, tmp_path: Path) -> None:
+    """A method is a name with options, a class in a file, or an object."""
+    inputs = engine.prepare("What happens?", video=video)
+    own = tmp_path / "mine.py"
+    own.write_text("import zipvl\nclass Mine(zipvl.Policy):\n    pass\n")
+    options = {"max_new_tokens": 5, "ignore_eos": True}
+    dense = engine.generate(inputs, method="dense", **options)
+    for same in ("zipvl:tau=1.0", f"{own}:Mine", zipvl.Policy()):
+        assert engine.generate(inputs, method=same, **options).tokens == dense.tokens
+    with pytest.raises(UsageError, match="unknown method 'dens'"):
+        engine.generate(inputs, method="dens")
+    with pytest.raises(UsageError, match="no option 'taw'"):
+        engine.logits(inputs, method="zipvl:taw=1")
+    with pytest.raises(UsageError, match="unknown method"):
+        next(engine.stream(inputs, method="nope"))
+
+
+def test_logits_of_dropped_tokens_are_nan(engine: Engine, video: np.ndarray) -> None:
+    inputs = engine.prepare("What happens?", video=video)
+    gone = engine.logits(inputs, method="fastv:ratio=0.5").isnan().all(-1)
+    assert gone.any()
+    assert inputs.is_visual[gone].all()
+    assert not gone[-1]
