@@ -49,8 +49,8 @@ def download(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.whl"))
 
 
-def pictures(wheels: list[Path], names: tuple[str, ...]) -> list[Image.Image]:
-    """The named photographs, and every twelfth frame of the named videos."""
+def pictures(wheels: list[Path], names: tuple[str, ...]) -> list[list[Image.Image]]:
+    """For each name its photograph, or every twelfth frame of its video."""
     found = []
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -61,16 +61,17 @@ def pictures(wheels: list[Path], names: tuple[str, ...]) -> list[Image.Image]:
                 if path.endswith((".mp4", ".mpg")):
                     with av.open(data) as video:
                         frames = [f.to_image() for f in video.decode(video=0)]
-                    found += frames[::12]
+                    found.append(frames[::12])
                 else:
-                    found.append(Image.open(data).convert("RGB"))
+                    found.append([Image.open(data).convert("RGB")])
     return found
 
 
-def tiles(photos: list[Image.Image], count: int, rng: np.random.Generator) -> Tensor:
-    """Square crops of random place and scale. # uint8 [count, 3, SIDE, SIDE]"""
+def tiles(sources: list[list[Image.Image]], count: int, rng: np.random.Generator) -> Tensor:
+    """Square crops of random place and scale, of each source in turn. # uint8 [count, 3, SIDE, SIDE]"""
     out = []
-    for _ in tqdm(range(count), desc="tiles"):
+    for number in tqdm(range(count), desc="tiles"):
+        photos = sources[number % len(sources)]
         photo = photos[rng.integers(len(photos))]
         short = min(photo.size)
         size = int(rng.uniform(min(SIDE, short), short))

@@ -52,18 +52,17 @@ def some_things(count: int, rng: np.random.Generator) -> list[Thing]:
 
 
 def spans(frames: int, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """Start and stop of `count` events that fit into `frames` in order, each at least one long.
+    """Start and stop of `count` events in order within `frames`, each at least one frame long.
 
-    Two frames at least where there is room; gaps between events may be empty.
+    Gaps between events may be empty.
     """
-    least = 2 if 3 * count <= frames else 1
-    spare = frames - least * count
+    spare = frames - count
     cuts = np.sort(rng.integers(0, spare + 1, 2 * count))
     shares = np.diff(cuts, prepend=0)  # gap, event, gap, event, ..
     at, out = 0, []
     for gap, extra in zip(shares[::2], shares[1::2], strict=True):
         start = at + int(gap)
-        at = start + least + int(extra)
+        at = start + 1 + int(extra)
         out.append((start, at))
     return out
 
