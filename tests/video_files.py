@@ -26,6 +26,7 @@ ENCODED: dict[str, tuple[int, list[str]]] = {
     "faststart.mp4": (100, [*X264, "-g", "24", "-movflags", "+faststart"]),
     "fragmented.mp4": (50, [*X264, "-movflags", "frag_keyframe+empty_moov"]),
     "h264.mkv": (60, [*X264, "-g", "24"]),
+    "refresh.mkv": (90, [*X264, "-g", "20", "-bf", "0", "-x264-params", "intra-refresh=1"]),
     "opengop.mkv": (90, [*X264, "-g", "20", "-bf", "3", "-x264-params", "open-gop=1:scenecut=0"]),
     "hevc.mp4": (90, [*X265, "log-level=none:keyint=20:open-gop=0"]),
     "hevc_opengop.mp4": (90, [*X265, "log-level=none:keyint=20:open-gop=1:bframes=4"]),

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..errors import MediaError, UsageError
 from .decode import decode
-from .video_index import Index, local_file, read_index
+from .local_file import local_file
+from .video_index import Index, read_index
 
 MAX_FPS = 1000.0
 SLACK = 1e-6  # seconds: timestamps are ticks times a fraction, and users type 3.3

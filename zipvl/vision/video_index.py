@@ -4,9 +4,6 @@ After an edit list 146 of 467 promised frames may be left; a file cut short has 
 a variable frame rate has no rate. What is read here decides who may decode (`Index.plain`).
 """
 
-import os
-import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,30 +34,6 @@ class Index:
     counted: bool  # frames are known by their rank, because the container's timestamps mislead
     plain: bool  # decord finds the same frames
     promised: int  # frames by the header, more than the table has when the file was cut short
-
-
-def local_file(source: str | os.PathLike) -> str:
-    """`source` as the path of a readable regular file; MediaError says what else it is."""
-    try:
-        path = os.fspath(source)
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
-            raise MediaError(f"{path} is not a local file: download it and give its path") from None
-        raise MediaError(f"{path} does not exist: check the path") from None
-    except (OSError, TypeError, ValueError) as e:
-        raise MediaError(
-            f"the video {source!r:.200} is no path of a file that can be read: {e}"
-        ) from None
-    if stat.S_ISDIR(mode):
-        raise MediaError(f"{path} is a directory: give the path of one video file")
-    if not stat.S_ISREG(mode):
-        raise MediaError(f"{path} is a pipe or a device: save the video to a regular file first")
-    if not os.access(path, os.R_OK):
-        raise MediaError(f"{path} may not be read: change its permissions")
-    if not os.path.getsize(path):
-        raise MediaError(f"{path} is empty: copy or download it again")
-    return path
 
 
 @contextmanager
@@ -132,13 +105,15 @@ def read_index(path: str) -> Index:
     """The table of frames of the video at `path`; MediaError where there are none."""
     with opened(path) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-        rows, reach, torn = [], 0.0, False
+        rows, reach, torn, restarts = [], 0.0, False, True
+        h264 = stream.codec_context.codec.canonical_name == "h264"
         for packet in _packets(container):
             torn |= packet.is_corrupt
             if packet.pts is not None:
                 reach = max(reach, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream is stream:
                 rows.append((packet.pts, packet.is_keyframe, packet.is_discard, packet.duration))
+                restarts &= not (packet.is_keyframe and h264) or _is_idr(bytes(packet))
         shown = [row for row in rows if not row[2]]
         if not shown:
             raise MediaError(f"{path} has no frames: record or download it again")
@@ -159,9 +134,22 @@ def read_index(path: str) -> Index:
             duration=times[-1] + (shown[-1][3] * unit if timed and shown[-1][3] else 1 / rate),
             keys=np.unique(np.array(keys, dtype=np.int64)),
             counted=counted,
-            plain=timed and not short and _is_plain(container, stream, rows),
+            plain=timed and not short and restarts and _is_plain(container, stream, rows),
             promised=max(stream.frames, round(length * rate)) if short else len(ticks),
         )
+
+
+def _is_idr(data: bytes) -> bool:
+    """Whether an H.264 packet (units behind 4-byte lengths) lets decoding start afresh.
+
+    At other keyframes (intra refresh, open GOP) decord drops pictures after seeking and miscounts.
+    """
+    place = 0
+    while place + 4 < len(data):
+        if data[place + 4] & 31 == 5:
+            return True
+        place += 4 + int.from_bytes(data[place : place + 4], "big")
+    return False
 
 
 def _is_plain(container: Any, stream: Any, rows: list[tuple]) -> bool:
