@@ -112,8 +112,9 @@ def read_index(path: str) -> Index:
             if packet.pts is not None:
                 reach = max(reach, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream is stream:
-                rows.append((packet.pts, packet.is_keyframe, packet.is_discard, packet.duration))
-                restarts &= not (packet.is_keyframe and h264) or _is_idr(bytes(packet))
+                key = packet.is_keyframe and (not h264 or _is_idr(bytes(packet)))
+                restarts &= key == packet.is_keyframe
+                rows.append((packet.pts, key, packet.is_discard, packet.duration))
         shown = [row for row in rows if not row[2]]
         if not shown:
             raise MediaError(f"{path} has no frames: record or download it again")
@@ -142,7 +143,7 @@ def read_index(path: str) -> Index:
 def _is_idr(data: bytes) -> bool:
     """Whether an H.264 packet (units behind 4-byte lengths) lets decoding start afresh.
 
-    At other keyframes (intra refresh, open GOP) decord drops pictures after seeking and miscounts.
+    After other keyframes (intra refresh) pictures are incomplete, and decord miscounts them.
     """
     place = 0
     while place + 4 < len(data):
