@@ -64,8 +64,10 @@ CASES = {
     "tile": Case("What is shown?", ((56, 56),)),
     "wide": Case("What is shown?", ((300, 60),)),
     "tall": Case("Wie heißt 北京? 🙂", ((61, 200),)),
+    "rounded": Case("What is shown?", ((188, 47),)),  # HF unpads to other rows than the original,
+    "rounded 5": Case("What is shown?", ((245, 49),)),  # on a grid of 4 and on one of 5
     "large": Case("Describe it in detail.", ((430, 430),)),
-    "larger": Case("Describe it.", ((1003, 517),)),
+    "larger": Case("Describe it.", ((803, 417),)),
     "two": Case("What differs?", ((100, 75), (60, 60))),
     "between": Case("Here is <image> and here\n<image> What differs?", ((80, 50), (50, 120))),
     "after": Case("What is shown here? <image>", ((73, 91),)),
