@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     import zipvl
     from zipvl import terminal
     from zipvl.vision.image import open_image
-    from zipvl.vision.video_index import local_file
+    from zipvl.vision.local_file import local_file
 
     for path in args.video:
         local_file(path)  # a mistyped name is told before a large model is loaded
