@@ -46,6 +46,7 @@ class Oracle(ABC):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._last: tuple[list[object], list[Tensor]] = ([], [])  # media and features of one call
 
     @abstractmethod
     def pixels(self, images: Pictures) -> list[Tensor]:
@@ -56,8 +57,16 @@ class Oracle(ABC):
         """The video's crops, [F, 3, S, S]."""
 
     @abstractmethod
+    def compute_features(self, images: Pictures, video: Frames) -> list[Tensor]:
+        """What `features` gives, without remembering it."""
+
     def features(self, images: Pictures = (), video: Frames = None) -> list[Tensor]:
         """Packed features [N, C] of each picture, then of the video."""
+        media, (known, features) = [*images, video], self._last
+        if len(media) != len(known) or any(a is not b for a, b in zip(media, known, strict=True)):
+            features = self.compute_features(images, video)
+            self._last = (media, features)
+        return features
 
     @abstractmethod
     def input_ids(self, text: str, images: Pictures = (), video: Frames = None) -> Tensor:
@@ -112,7 +121,7 @@ class HFOracle(Oracle):
         return one(self.plain(images=list(video), return_tensors="pt"))
 
     @torch.no_grad()
-    def features(self, images: Pictures = (), video: Frames = None) -> list[Tensor]:
+    def compute_features(self, images: Pictures, video: Frames) -> list[Tensor]:
         out: list[Tensor] = []
         if images:
             out += self.model.get_image_features(**self._batch(images)).pooler_output
@@ -205,7 +214,7 @@ class OriginalOracle(Oracle):
         return F.avg_pool2d(maps, 2)
 
     @torch.no_grad()
-    def features(self, images: Pictures = (), video: Frames = None) -> list[Tensor]:
+    def compute_features(self, images: Pictures, video: Frames) -> list[Tensor]:
         out = [
             self._pack(self._encode(pixels), image.size)
             for pixels, image in zip(self.pixels(images), images, strict=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import read_json
 from ..errors import ModelError
+from ..fields import shown
 
 
 def canonical(name: str, spellings: list[tuple[str, str]]) -> str:
@@ -46,7 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
         if gone := [path.name for path in shards if not path.is_file()]:
             raise ModelError(f"{index} names shards that are missing: {', '.join(gone[:10])}")
         return shards
-    if files := sorted(folder.glob("*.safetensors")):
+    if files := sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         return files
     pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
     hint = f" (only {pickles[0]}, a pickle, which can run code)" if pickles else ""
@@ -58,9 +59,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def inside(index: Path, name: object) -> Path:
     """The shard `name` of an index, which must be a plain file name of the index's own folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.A):
         raise ModelError(
-            f"{index} names {name!r}, which is not a .safetensors file of its own folder"
+            f"{index} names {shown(name)}, which is not a .safetensors file of its own folder"
         )
     path = index.parent / name
     home = index.parent.resolve()
@@ -77,7 +78,9 @@ def open_safetensors(path: Path) -> safe_open:
     """safe_open with the usual wrong files named for what they are."""
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as e:
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror}") from None
+    except SafetensorError as e:
         with path.open("rb") as file:
             start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
