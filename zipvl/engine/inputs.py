@@ -70,6 +70,8 @@ def read_clip(source: VideoSource, config: ModelConfig, progress: Progress, fram
     """
     if isinstance(source, Media):
         return source
+    if isinstance(source, np.ndarray) and frames is not None:
+        frames = min(frames, max(1, len(source)))  # chosen already: none is repeated
     fit = partial(fit_frame, media=config.media)
     with progress("read frames", frames or 0) as step:
         clip = read_video(source, frames, fps, start, end, fit=fit, progress=step)
