@@ -163,6 +163,13 @@ def test_p_never_decreases_with_tau(T: int, kind: str, seed: int) -> None:
     assert ZipVL(1.0).probe(view) is None
 
 
+def test_the_threshold_is_reached_not_passed() -> None:
+    """Sums that are exact in binary: reaching tau x the total is enough."""
+    assert ZipVL(0.5).budget(torch.ones(4)) == 2
+    assert ZipVL(0.75).budget(torch.tensor([1.0, 4.0, 1.0, 2.0])) == 2
+    assert ZipVL(0.7500001).budget(torch.tensor([1.0, 4.0, 1.0, 2.0])) == 3
+
+
 def test_one_hot_attention_needs_one_token() -> None:
     q, k = torch.ones(50, 4, 8), torch.zeros(50, 2, 8)
     k[0] = 100.0

@@ -2,7 +2,7 @@
 
     attend(q, k, v, q_spans, k_spans)    q [rows, H, D]   k, v [slots, G, D]   ->   [rows, H, D]
 
-Sequence b owns rows `q_spans[b]` and slots `k_spans[b]`. Causal, aligned at the end ("lower right"):
+Sequence b owns rows `q_spans[b]` and slots `k_spans[b]`. Causal, aligned at the end, "lower right":
 its last row sees all its slots, the row before sees one less. One row per sequence is decoding, as
 many rows as slots is prefill. The G key/value heads are never repeated to H.
 """
@@ -74,7 +74,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.ones(rows, slots, dtype=torch.bool, device=q.device).tril(slots - rows)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[2],
+        attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[2] != H,
     )  # fmt: skip
     return out.transpose(1, 2)
 
@@ -105,13 +105,12 @@ def attend_flash_attn(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: 
     if k_spans.room:
         return attend_torch_flash(q, k, v, q_spans, k_spans)
     function = import_module("flash_attn").flash_attn_varlen_func
-    return function(
-        q, k, v, q_spans.edges, k_spans.edges, max(q_spans.lengths), max(k_spans.lengths), causal=True
-    )  # fmt: skip
+    longest = max(q_spans.lengths), max(k_spans.lengths)
+    return function(q, k, v, q_spans.edges, k_spans.edges, *longest, causal=True)
 
 
 def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512) -> Tensor:
-    """All T queries of one sequence over the keys of its `kept` tokens [K], causal by original index.
+    """All T queries of one sequence over the keys of its `kept` tokens [K], causal by index.
 
     q [T, H, D], k and v [K, G, D] -> [T, H, D]; a row before the first kept token gets zeros.
     Masks are [block, K], so nothing grows with T x T.
@@ -162,7 +161,7 @@ def pick(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         raise UsageError(f"unknown attention backend {name!r}: use auto, {', '.join(BACKENDS)}")
     if not usable(name, device, dtype, head_dim):
         raise UsageError(
-            f"attention backend {name!r} cannot run here (device {device}, dtype {dtype}, head size "
-            f"{head_dim}): use --attn auto"
+            f"attention backend {name!r} cannot run here (device {device}, dtype {dtype}, head "
+            f"size {head_dim}): use --attn auto"
         )
     return name, BACKENDS[name]

@@ -57,7 +57,8 @@ class ZipVL(Policy):
 
     def budget(self, mass: Tensor) -> int:
         """Eq. 6: the smallest p whose p largest masses reach tau of the total."""
-        largest = mass.double().sort(descending=True).values.cumsum(0)
+        exact = torch.float32 if mass.device.type == "mps" else torch.float64  # MPS has no float64
+        largest = mass.to(exact).sort(descending=True).values.cumsum(0)
         return min(len(mass), int((largest < self.tau * largest[-1]).sum()) + 1)
 
     def score(self, view: View, mass: Tensor) -> Tensor:
