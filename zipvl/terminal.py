@@ -96,8 +96,9 @@ class Session:
         while True:
             try:
                 line = read_line()
-            except EOFError:
-                return 0
+            except (EOFError, KeyboardInterrupt) as e:
+                say()
+                return 130 if isinstance(e, KeyboardInterrupt) else 0
             command, _, rest = line.partition(" ")
             if command == "/quit":
                 return 0

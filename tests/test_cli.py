@@ -1,0 +1,604 @@
+"""The command line as its users meet it: what goes to stdout and stderr, exit codes, the chat."""
+
+import contextlib
+import fcntl
+import importlib.util
+import io
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import zipvl
+from zipvl.engine import inputs as engine_inputs
+from zipvl.engine import load as engine_load
+from zipvl.model.decoder import Decoder
+from zipvl.model.vlm import VLM
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "generate.py")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def files(oracle: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a space and other letters in its name: `model`, `clip.mp4`, `picture.png`."""
+    home = tmp_path_factory.mktemp("cli") / "meine Dateien 写真 é"
+    shutil.copytree(oracle("llava_onevision").folder, home / "model")
+    colours = np.random.default_rng().integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
+    with av.open(str(home / "clip.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=10, width=64, height=48, pix_fmt="yuv420p")
+        for picture in colours:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode(None))
+    Image.fromarray(colours[0]).save(home / "picture.png")
+    return home
+
+
+class Terminal(io.TextIOWrapper):
+    """A stream that says it is a terminal."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8", write_through=True)
+
+    def isatty(self) -> bool:
+        return True
+
+    def text(self) -> str:
+        return self.buffer.getvalue().decode()
+
+
+class Cli:
+    """generate.main in this process: arguments in, (exit code, stdout, stderr) out."""
+
+    def __init__(self, generate: ModuleType, files: Path, capsys: pytest.CaptureFixture,
+                 patch: pytest.MonkeyPatch) -> None:  # fmt: skip
+        self.generate, self.files, self.capsys, self.patch = generate, files, capsys, patch
+        self.stdin(io.TextIOWrapper(io.BytesIO(b"")))
+
+    def stdin(self, stream: object) -> None:
+        self.patch.setattr(sys, "stdin", stream)
+
+    def __call__(self, *args: str, model: str | None = "model") -> tuple[int, str, str]:
+        first = ["-m", str(self.files / model)] if model else []
+        self.capsys.readouterr()
+        try:
+            code = self.generate.main([*first, *args])
+        except SystemExit as e:
+            code = e.code
+        return code, *self.capsys.readouterr()
+
+    def ask(self, *args: str) -> tuple[int, str, str]:
+        """A prompt about the clip, 6 tokens, dense: quick."""
+        media = () if {"-v", "-i"} & {*args} else ("-v", str(self.files / "clip.mp4"), "-n", "4")
+        return self(*media, "-p", "What happens?", "--max-new-tokens", "6", *args)
+
+    def chat(self, *lines: str, args: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        """A chat about the clip with these typed lines, then end of input."""
+        self.stdin(Terminal("".join(f"{line}\n" for line in lines).encode()))
+        clip = str(self.files / "clip.mp4")
+        return self("-v", clip, "-n", "4", "--max-new-tokens", "6", *args)
+
+
+@pytest.fixture
+def cli(generate: ModuleType, files: Path, capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch) -> Cli:  # fmt: skip
+    return Cli(generate, files, capsys, monkeypatch)
+
+
+def strict_json(text: str) -> dict:
+    """The one object in `text`; NaN and Infinity are no JSON."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def one_sentence(err: str) -> str:
+    """The error line, which is all that stderr holds."""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    return err
+
+
+# --- what is printed where --------------------------------------------------------------------
+
+
+def test_answer_on_stdout_rest_on_stderr(cli: Cli, files: Path) -> None:
+    code, out, err = cli.ask("--stats", "--seed", "3")
+    engine = zipvl.load(files / "model")
+    inputs = engine.prepare("What happens?", video=str(files / "clip.mp4"), frames=4)
+    assert (code, out) == (0, engine.generate(inputs, max_new_tokens=6).text + "\n")
+    headline = err.splitlines()[0]
+    for part in ("llava_onevision", "hf layout", "float32", "cpu", "4 frames", "ZipVL(tau=0.975"):
+        assert part in headline
+    assert f"{len(inputs)} tokens, {int(inputs.is_visual.sum())} visual" in headline
+    for stage in ("video", "vision", "prefill", "decode", "kept", "cache", "memory", "layer"):
+        assert any(line.startswith(stage) for line in err.splitlines()), stage
+    assert cli.ask("-q") == (0, out, "")
+
+
+def test_json(cli: Cli) -> None:
+    code, out, _ = cli.ask("--json", "--dense", "--temperature", "1.5", "--seed", "5")
+    assert code == 0
+    assert out.count("\n") == 1
+    run = strict_json(out)
+    assert set(run) == {"text", "finish_reason", "tokens", "usage", "stats", "warnings", "env"}
+    usage = run["usage"]
+    assert usage["completion_tokens"] == len(run["tokens"]) == run["stats"]["new_tokens"] == 6
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 6
+    assert 0 < usage["visual_tokens"] < usage["prompt_tokens"]
+    assert run["finish_reason"] == "length"
+    assert {"video", "vision", "prefill", "decode"} <= set(run["stats"]["seconds"])
+    assert run["stats"]["kv_bytes"] == run["stats"]["kv_bytes_dense"] > 0
+    assert run["env"]["seed"] == 5
+    assert run["env"]["torch"] == torch.__version__
+    assert (run["env"]["dtype"], run["env"]["device"]) == ("float32", "cpu")
+    assert run["text"] + "\n" == cli.ask("--dense", "--temperature", "1.5", "--seed", "5")[1]
+
+
+def test_prompt_from_standard_input(cli: Cli) -> None:
+    wanted = cli.ask("-q")[1]
+    cli.stdin(io.TextIOWrapper(io.BytesIO(b"  What happens?\n\n"), encoding="utf-8"))
+    assert cli("-v", str(cli.files / "clip.mp4"), "-n", "4", "--max-new-tokens", "6", "-p", "-",
+               "-q") == (0, wanted, "")  # fmt: skip
+
+
+def test_media_options(cli: Cli) -> None:
+    picture, clip = str(cli.files / "picture.png"), str(cli.files / "clip.mp4")
+    code, out, _ = cli.ask("-i", picture, "-v", clip, "-v", clip, "--fps", "2", "--start", "0.4",
+                           "--end", "1.6", "--json", "--system", "Be brief.")  # fmt: skip
+    run = strict_json(out)
+    assert code == 0
+    times = [f["time"] for f in run["stats"]["frames"]]
+    assert times == pytest.approx([0.4, 0.9, 1.4] * 2)
+
+
+def test_bars_only_on_a_terminal(cli: Cli) -> None:
+    assert "prefill layers" not in cli.ask()[2]
+    for quiet in ((), ("-q",)):
+        screen = Terminal()
+        with cli.patch.context() as patch:
+            patch.setattr(sys, "stderr", screen)
+            assert cli.ask(*quiet)[0] == 0
+        for bar in ("read frames", "encode frames", "prefill layers"):
+            assert (bar in screen.text()) == (not quiet)
+
+
+def test_the_demo_is_the_default(cli: Cli) -> None:
+    """No model: the bundled one; no media either: its clip."""
+    demo = cli.files.parent / "demo"
+    if not demo.exists():
+        shutil.copytree(cli.files / "model", demo / "model")
+        shutil.copy(cli.files / "clip.mp4", demo / "clip.mp4")
+    cli.patch.setattr(engine_load, "DEMO", demo)
+    args = ("-p", "What happens?", "-n", "4", "--max-new-tokens", "6")
+    code, out, err = cli(*args, model=None)
+    assert (code, out) == (0, cli.ask("-q")[1])
+    assert "4 frames" in err
+    code, _, err = cli(*args, "-i", str(cli.files / "picture.png"), model=None)
+    assert code == 0
+    assert "frames," not in err
+
+
+def test_help_fits_a_screen(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = generate.build_parser().format_help()
+    assert text.count("\n") < 60
+    assert max(map(len, text.splitlines())) <= 80
+    for option in generate.build_parser()._actions:
+        assert option.help, f"{option.option_strings} has no help"
+
+
+# --- exit codes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ([], "no prompt"),
+        (["-p", "x", "--dense", "--tau", "0.9"], "--dense keeps every token"),
+        (["-p", "x", "--dense", "--keep-ratio", "0"], "--dense keeps every token"),
+        (["-p", "x", "--dense", "--probe", "1+1"], "--dense keeps every token"),
+        (["-p", "x", "--dense", "--method", "zipvl"], "--dense keeps every token"),
+        (["-p", "x", "--probe", "64"], "write recent+random"),
+        (["-p", "x", "--probe", "a+b"], "write recent+random"),
+        (["-p", "x", "--probe", "²+3"], "write recent+random"),
+        (["-p", "x", "--probe", ""], "write recent+random"),
+        (["-p", "x", "--probe", "-1+3"], "expected one argument|write recent"),
+        (["-p", "x", "--frames", "many"], "invalid int value"),
+        (["-p", "x", "--fram", "3"], "unrecognized arguments"),
+        (["-p", "x", "clip.mp4"], "unrecognized arguments"),
+        (["-p"], "expected one argument"),
+    ],
+)
+def test_usage_errors(cli: Cli, args: list[str], named: str) -> None:
+    code, out, err = cli(*args)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: ")
+    assert any(n in err for n in named.split("|"))
+
+
+def test_usage_errors_need_no_torch() -> None:
+    code = (
+        "import sys; sys.argv[0] = 'x'; import generate\n"
+        "try: generate.main(sys.argv[1:])\n"
+        "except SystemExit as e: print(e.code, sorted({'torch', 'numpy', 'zipvl'} & {*sys.modules}))"
+    )
+    for args, status in ((["--help"], 0), (["-p", "x", "--probe", "3"], 2)):
+        done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True,
+                              text=True, timeout=60)  # fmt: skip
+        assert done.stdout.splitlines()[-1] == f"{status} []"
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--method", "zipfl"], "unknown method 'zipfl'"),
+        (["--method", "dense", "--tau", "0.9"], "'dense' has no option 'tau'"),
+        (["--method", "streaming", "--keep-ratio", "0.5"], "no option 'ratio'"),
+        (["--keep-ratio", "0.5"], "'zipvl' has no option 'ratio'"),
+        (["--method", "random", "--probe", "4+4"], "no option 'random'"),
+        (["--tau", "0"], "tau is 0.0"),
+        (["--tau", "nan"], "tau is nan"),
+        (["--probe", "0+0"], "must be 1 probe or more"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--seed", "99999999999999999999"], "seed is 99999999999999999999"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--frames", "0"], "frames is 0"),
+        (["--start", "3", "--end", "2"], "start 3 lies after end 2"),
+        (["--start", "1000"], "behind the end"),
+        (["--dtype", "int4"], "unknown dtype 'int4'"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--attn", "fast"], "unknown attention backend 'fast'"),
+        (["--template", "poem"], "template 'poem'"),
+        (["-p", "a <image>"], "1 <image> markers but 0 images"),
+        (["-p", "caf\udce9"], "not valid Unicode"),
+    ],
+)
+def test_options_without_sense(cli: Cli, args: list[str], named: str) -> None:
+    code, out, err = cli.ask(*args, "-q")
+    assert (code, out) == (2, "")
+    assert named in one_sentence(err)
+
+
+def test_options_with_sense(cli: Cli) -> None:
+    for args, shown in (
+        (["--tau", "0.9", "--probe", "8+4"], "ZipVL(tau=0.9, recent=8, random=4"),
+        (["--method", "zipvl:tau=0.5", "--tau", "0.75"], "ZipVL(tau=0.75"),
+        (["--method", "random", "--keep-ratio", "0.5"], "Random("),
+        (["--dense"], "Dense()"),
+    ):
+        code, _, err = cli.ask(*args)
+        assert code == 0
+        assert shown in err
+
+
+def test_bytes_that_are_no_text(cli: Cli) -> None:
+    cli.stdin(io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    code, out, err = cli("-p", "-", "-q")
+    assert (code, out) == (2, "")
+    assert "not valid Unicode" in one_sentence(err)
+
+
+def test_input_errors(cli: Cli, files: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.mp4"
+    text.write_text("These are notes, not a film.")
+    other = tmp_path / "other"
+    shutil.copytree(files / "model", other)
+    raw = json.loads((other / "config.json").read_text())
+    kind = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    (other / "config.json").write_text(json.dumps(raw | kind))
+    for args, model, named in (
+        (["-v", "no such.mp4"], "model", "no such.mp4 does not exist"),
+        (["-v", str(text)], "model", "notes.mp4"),
+        (["-v", str(tmp_path)], "model", "is a directory"),
+        (["-v", "https://example.com/a.mp4"], "model", "not a local file"),
+        (["-i", "no.png"], "model", "no.png is not a file"),
+        (["-i", str(text)], "model", "cannot be read as a picture"),
+        ([], "absent", "neither a folder nor a hub id"),
+        ([], "clip.mp4", "is a file: give the checkpoint's folder"),
+        ([], str(tmp_path), "config.json is missing"),
+        ([], str(other), "MambaForCausalLM"),
+    ):
+        code, out, err = cli("-p", "x", "-q", *args, model=model)
+        assert (code, out) == (1, ""), named
+        assert named in one_sentence(err)
+
+
+def test_a_mistyped_file_is_told_before_loading(cli: Cli) -> None:
+    cli.patch.setattr(engine_load, "load_weights", None)
+    for flag, name in (("-v", "gone.mp4"), ("-i", "gone.png")):
+        code, _, err = cli("-p", "x", flag, name)
+        assert code == 1
+        assert name in one_sentence(err)
+
+
+def test_verbose_shows_where(cli: Cli) -> None:
+    with pytest.raises(zipvl.ModelError, match="neither a folder"):
+        cli("-p", "x", "--verbose", model="absent")
+
+
+def test_unforeseen_errors_are_one_line(cli: Cli) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    cli.patch.setattr(Decoder, "prefill", fail)
+    code, _, err = cli.ask("-q")
+    assert code == 1
+    assert "ZeroDivisionError: division by zero (--verbose shows where)" in one_sentence(err)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "number"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.25 GiB. GPU 0"), "7.25 GiB"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8123456 bytes."),
+         "8123456 bytes"),
+    ],
+)  # fmt: skip
+def test_out_of_memory(cli: Cli, refusal: Exception, number: str) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise refusal
+
+    before = cli.ask("-q")
+    with cli.patch.context() as patch:
+        patch.setattr(Decoder, "prefill", refuse)
+        code, _, err = cli.ask("-q")
+    assert code == 3
+    assert number in one_sentence(err)
+    assert "--frames" in err
+    assert cli.ask("-q") == before
+
+
+# --- Ctrl-C and pipes -------------------------------------------------------------------------
+
+
+def interrupting(function: Callable, call: int = 1) -> Callable:
+    """`function`, but its n-th call gets the signal that Ctrl-C sends."""
+    calls = []
+
+    def wrapped(*args: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (engine_load, "load_weights"),
+        (engine_inputs, "read_video"),
+        (VLM, "encode"),
+        (Decoder, "prefill"),
+    ],
+)
+def test_interrupt_before_the_answer(cli: Cli, owner: object, name: str) -> None:
+    with cli.patch.context() as patch:
+        patch.setattr(owner, name, interrupting(getattr(owner, name)))
+        code, out, err = cli.ask("-q")
+    assert (code, out.strip(), err) == (130, "", "")
+
+
+def test_interrupted_answers_are_flushed(cli: Cli) -> None:
+    whole = strict_json(cli.ask("--json", "--dense")[1])
+    for args in ((), ("--json",)):
+        with cli.patch.context() as patch:
+            patch.setattr(Decoder, "decode", interrupting(Decoder.decode, 4))
+            code, out, _ = cli.ask("--dense", *args)
+        assert code == 130
+        if args:
+            run = strict_json(out)
+            assert (run["finish_reason"], run["stats"]) == ("interrupted", None)
+            assert run["tokens"] == whole["tokens"][:4]
+            assert run["usage"]["completion_tokens"] == 4
+            out = run["text"] + "\n"
+        assert len(out) > 1
+        assert whole["text"].startswith(out[:-1])
+
+
+def running(files: Path, *args: str, **options: object) -> subprocess.Popen:
+    """generate.py as its own process, with an answer long enough to be cut short."""
+    command = [
+        sys.executable,
+        SCRIPT,
+        "-m",
+        str(files / "model"),
+        "--max-new-tokens",
+        "3000",
+        *args,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    return subprocess.Popen(command, env=environment, **options)
+
+
+def test_ctrl_c_as_a_process(files: Path) -> None:
+    child = running(files, "-p", "Tell me all.", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = child.stdout.read(40)
+    child.send_signal(signal.SIGINT)
+    rest, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert len(first) == 40
+    assert rest.endswith(b"\n")
+    assert b"Traceback" not in err
+    assert err.count(b"\n") == 1  # the headline
+
+
+def test_broken_pipe_is_silent(files: Path) -> None:
+    child = running(files, "-p", "Tell me all.", "-q", stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE)  # fmt: skip
+    child.stdout.read(1)
+    child.stdout.close()  # what `| head -c 1` does
+    assert child.wait(timeout=60) == 0
+    assert child.stderr.read() == b""
+    child.stderr.close()
+
+
+# --- the chat ---------------------------------------------------------------------------------
+
+
+def test_chat_turns_build_on_each_other(cli: Cli, files: Path) -> None:
+    code, out, err = cli.chat("What happens?", "And then?", args=("--dense",))
+    assert code == 0
+    engine = zipvl.load(files / "model")
+    video = str(files / "clip.mp4")
+    first = engine.generate(engine.prepare("What happens?", video=video, frames=4), "dense", 6).text
+    talk = [
+        {"role": "user", "content": "What happens?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And then?"},
+    ]
+    second = engine.generate(engine.prepare(talk, video=video, frames=4), "dense", 6).text
+    assert out == f"{first}\n{second}\n"
+    assert err.count("> ") == 3  # two questions and the end of input
+
+
+def test_chat_reads_and_encodes_once(cli: Cli) -> None:
+    reads, encodes = [], []
+    read, encode = engine_inputs.read_video, VLM.encode
+    cli.patch.setattr(
+        engine_inputs, "read_video", lambda *a, **k: reads.append(a[0]) or read(*a, **k)
+    )
+    cli.patch.setattr(VLM, "encode", lambda *a, **k: encodes.append(1) or encode(*a, **k))
+    picture = cli.files / "picture.png"
+    code, _, err = cli.chat("What?", "And?", "/clear", "Who?", f"/image {picture}", "Now?")
+    assert (code, err.count("error")) == (0, 0)
+    assert len(reads) == 1
+    assert len(encodes) == 2  # the clip, and later the picture
+
+
+def test_chat_commands(cli: Cli) -> None:
+    clip, picture = cli.files / "clip.mp4", cli.files / "picture.png"
+    code, out, err = cli.chat(
+        "/stats", "/help", "What?", "/stats", "/video", f"/video {clip}", "",
+        f"/image  {picture} ", "Both?", "/clear", "Again?", "/quit", "never asked",
+    )  # fmt: skip
+    assert code == 0
+    assert out.count("\n") == 3
+    assert "nothing asked yet" in err
+    assert err.count("prefill ") == 1  # one summary
+    assert err.count("/quit leaves") == 3  # at the start, /help, and /video without a file
+    counts = [line.count(" frames,") for line in err.splitlines() if " layout)" in line]
+    assert counts == [1, 1, 2, 2, 2, 2]  # start, What?, /video, /image, Both?, Again?
+
+
+def test_chat_clear_forgets(cli: Cli) -> None:
+    sizes = []
+    prefill = Decoder.prefill
+    cli.patch.setattr(
+        Decoder, "prefill", lambda *a, **k: sizes.append(len(a[1])) or prefill(*a, **k)
+    )
+    cli.chat("What?", "What?", "/clear", "What?")
+    assert sizes[1] > sizes[0] == sizes[2]
+
+
+def test_chat_survives_errors(cli: Cli) -> None:
+    """A bad file is forgotten, a prompt at fault is left out, running out of memory ends a turn."""
+    wanted = cli.chat("What?")[1]
+    code, out, err = cli.chat(
+        "/image gone.png", "/video gone.mp4", "look at <image>", "What?", args=("-q",)
+    )
+    assert (code, out) == (0, wanted)
+    errors = [line for line in err.splitlines() if line.startswith("> error: ")]
+    assert len(errors) == 3, err
+    assert all(n in e for n, e in zip(("gone.png", "gone.mp4", "<image>"), errors, strict=True)), (
+        err
+    )
+    prefill, refused = Decoder.prefill, []
+
+    def refuse_once(*args: object, **options: object) -> object:
+        if not refused:
+            refused.append(1)
+            raise torch.OutOfMemoryError("Tried to allocate 9.00 GiB")
+        return prefill(*args, **options)
+
+    cli.patch.setattr(Decoder, "prefill", refuse_once)
+    code, out, err = cli.chat("What?", "What?")
+    assert (code, out.strip()) == (0, wanted.strip())
+    assert "9.00 GiB" in err
+
+
+def test_chat_starts_with_readable_media(cli: Cli) -> None:
+    cli.stdin(Terminal(b"What?\n"))
+    code, out, err = cli("-v", str(cli.files / "model" / "config.json"), "-q")
+    assert (code, out) == (1, "")
+    one_sentence(err)
+
+
+def test_chat_interrupt_ends_the_answer_only(cli: Cli) -> None:
+    cli.patch.setattr(Decoder, "decode", interrupting(Decoder.decode, 3))
+    code, out, err = cli.chat("What?", "And?", args=("--dense", "-q"))
+    assert code == 0
+    assert err.endswith("> \n")  # the shell's own prompt starts a line
+    first, second = out.splitlines()
+    assert first
+    assert second
+    assert "error" not in err
+
+
+def test_chat_has_no_json(cli: Cli) -> None:
+    code, out, err = cli.chat("What?", args=("--json",))
+    assert (code, out) == (2, "")
+    assert "give -p TEXT" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals on this system")
+def test_chat_on_a_real_terminal(files: Path) -> None:
+    """All three streams on a terminal: answer, Ctrl-C at the prompt; bars leave no text behind."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    child = running(files, "-v", str(files / "clip.mp4"), "-n", "4", "--max-new-tokens", "5",
+                    stdin=slave, stdout=slave, stderr=slave, start_new_session=True)  # fmt: skip
+    os.close(slave)
+    seen = b""
+
+    def until(mark: bytes, start: int = 0) -> None:
+        nonlocal seen
+        end = time.monotonic() + 60
+        while mark not in seen[start:]:
+            assert time.monotonic() < end, seen
+            if select.select([master], [], [], 1)[0]:
+                seen += os.read(master, 4096)
+
+    until(b"> ")
+    start = len(seen)
+    os.write(master, b"What happens?\n")
+    until(b"\n> ", start)
+    assert b"prefill layers" in seen
+    for _ in range(20):  # a signal between the prompt and the read that waits for a line is late
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=3)
+            break
+    assert child.returncode == 130
+    os.close(master)
+    assert b"Traceback" not in seen
