@@ -13,11 +13,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from tqdm import tqdm
 
 from .engine.engine import Engine
 from .engine.load import load
+from .engine.run import Result
 from .errors import UsageError, ZipvlError
 from .evaluation.report import Answer, heat_map, markdown, table
 from .evaluation.tasks import Item, same_answer, task_items
@@ -27,7 +29,7 @@ LARGEST = 384  # side of a rendered frame in pixels; smaller for towers that see
 
 
 def split_methods(text: str) -> list[str]:
-    """`a:x=1,y=2,b` -> [`a:x=1,y=2`, `b`]: a piece like `y=2` is one more option of the one before."""
+    """`a:x=1,y=2,b` -> [`a:x=1,y=2`, `b`]: `y=2` is one more option of the method before."""
     methods: list[str] = []
     for piece in text.split(","):
         if methods and "=" in piece.split(":")[0]:
@@ -37,7 +39,8 @@ def split_methods(text: str) -> list[str]:
     return methods
 
 
-def measure(engine: Engine, items: list[Item], methods: list[str], tokens: int, suffix: str) -> Iterator[Answer]:  # fmt: skip
+def measure(engine: Engine, items: list[Item], methods: list[str], tokens: int,
+            suffix: str) -> Iterator[Answer]:  # fmt: skip
     """Every method's answer to every item; a clip is rendered and encoded once."""
     side = min(2 * engine.config.media.size, LARGEST)
     for item in tqdm(items, desc=f"{items[0].frames} frames", disable=not sys.stderr.isatty()):
@@ -45,7 +48,7 @@ def measure(engine: Engine, items: list[Item], methods: list[str], tokens: int, 
         inputs = engine.prepare(item.question + suffix, video=video, frames=item.frames)
         engine.encode(inputs)
         for method in methods:
-            out = engine.generate(inputs, method=method, max_new_tokens=tokens)
+            out = cast(Result, engine.generate(inputs, method, max_new_tokens=tokens))
             yield Answer(
                 method=method,
                 frames=item.frames,
@@ -64,8 +67,11 @@ def measure(engine: Engine, items: list[Item], methods: list[str], tokens: int, 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m zipvl.eval", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m zipvl.eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("-m", "--model", help="folder or hub id (default: the bundled demo model)")
     add("--method", default="dense,zipvl:tau=0.975", help="methods with options, comma between")

@@ -44,7 +44,7 @@ def gradients(count: int, generator: torch.Generator) -> Tensor:
 
 @lru_cache(maxsize=1)
 def bundled() -> Tensor:
-    """Every tile of the world as shipped: the sheet, noise and gradients. # uint8 [n, 3, SIDE, SIDE]"""
+    """All tiles of the world as shipped: sheet, noise, gradients. # uint8 [n, 3, SIDE, SIDE]"""
     generator = torch.Generator().manual_seed(0)
     with Image.open(SHEET) as sheet:
         photos = cut(sheet)

@@ -46,7 +46,8 @@ def build(tower: VisionTower, tiles: Tensor, each: int, side: int, rng: torch.Ge
         size = 2 * side if i % 8 == 0 else side
         placed, _ = place(len(part), rng)
         kind = torch.where(part < EMPTY, part // len(NAMES), -1)
-        rgb = colour_rgb(list(NAMES))[part % len(NAMES)] + 0.03 * torch.randn(len(part), 3, generator=rng)
+        rgb = colour_rgb(list(NAMES))[part % len(NAMES)]
+        rgb = rgb + 0.03 * torch.randn(rgb.shape, generator=rng)
         placed.kind[:], placed.rgb[:] = kind, rgb.clamp(0, 1)
         picture, _ = draw(backgrounds(tiles, len(part), size, rng), placed)
         if size != side:

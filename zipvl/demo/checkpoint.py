@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-import torch
 
 from ..model.vlm import VLM
 from .questions import corpus
 
 SIDE, PATCH, VOCABULARY = 48, 12, 512
-SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_end|>", "<image>", "<video>")  # fmt: skip
+SPECIAL = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_end|>",
+           "<image>", "<video>")  # fmt: skip
 END, IMAGE, VIDEO = (SPECIAL.index(t) for t in ("<|im_end|>", "<image>", "<video>"))
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def config() -> dict[str, Any]:
-    """config.json: a tower of 16 patches a frame, 4 tokens a frame after pooling, 8 layers of GQA."""
+    """config.json: 16 patches a frame, pooled to 4 tokens; 8 decoder layers with GQA."""
     return {
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "model_type": "llava_onevision",
@@ -136,7 +136,7 @@ def hf_name(name: str) -> str:
 
 
 def write_weights(model: VLM, folder: Path) -> None:
-    """model.safetensors in bf16; Hugging Face also wants the tower's last norm, which is not used."""
+    """model.safetensors in bf16, with the tower's last norm, which Hugging Face expects."""
     width = model.config.vision.hidden_size
     tensors = {hf_name(k): v for k, v in model.state_dict().items()}
     tensors["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(width)

@@ -1,6 +1,6 @@
 """Makes the bundled clip and picture, and knows the questions their README asks.
 
-    python -m zipvl.demo.media
+python -m zipvl.demo.media
 """
 
 from pathlib import Path
@@ -27,8 +27,8 @@ CLIP = Clip(
     pan=(-0.8, -0.6, 0.8, 0.6),
     zoom=0.75,
 )
-PICTURE = Clip(1, (Event(Thing("moon", "orange"), 0, 1, (0.5, 0.48, 0.5, 0.48), 0.33, 0.1),), 16,
-               (0.0, 0.0, 0.0, 0.0), 0.9)  # fmt: skip
+MOON = Event(Thing("moon", "orange"), 0, 1, (0.5, 0.48, 0.5, 0.48), 0.33, 0.1)
+PICTURE = Clip(1, (MOON,), tile=16, pan=(0.0, 0.0, 0.0, 0.0), zoom=0.9)
 CLIP_QUESTIONS = (
     ("What comes first?", "red star"),
     ("What colour is the heart?", "yellow"),

@@ -9,14 +9,17 @@ from .things import COLOURS, DIGITS, KINDS, NAMES, SHAPES, Thing
 
 PHRASES = {
     "what": ("Which object appears?", "What do you see?", "What is shown?", "Name the object."),
-    "colour": ("What colour is the {a}?", "Which colour does the {a} have?", "The {a} is of what colour?"),
+    "colour": ("What colour is the {a}?", "Which colour does the {a} have?",
+               "The {a} is of what colour?"),
     "object": ("Which object is {c}?", "What is {c}?", "Name the {c} object."),
     "first": ("What comes first?", "Which object appears first?", "What is the first object?"),
     "last": ("What comes last?", "Which object appears last?", "What is the last object?"),
-    "after": ("What comes right after the {a}?", "Which object follows the {a}?", "What comes after the {a}?"),
+    "after": ("What comes right after the {a}?", "Which object follows the {a}?",
+              "What comes after the {a}?"),
     "count": ("How many objects appear?", "How many objects are there?", "Count the objects."),
     "digit": ("Which digit is written?", "What number is written?", "Which number appears?"),
-    "list": ("List all objects in order.", "Which objects appear, in order?", "Name all objects in order."),
+    "list": ("List all objects in order.", "Which objects appear, in order?",
+             "Name all objects in order."),
     "yesno": ("Is there {t}?", "Does {t} appear?", "Do you see {t}?"),
 }  # fmt: skip
 # How often a guess among the answers that fit the question's form is right.
@@ -43,13 +46,16 @@ class Question:
     answer: str
 
 
+Maker = Callable[[], tuple[str, Thing | None]]  # draws an answer and the thing its question names
+
+
 def with_article(thing: Thing) -> str:
     """an orange star"""
     return f"{'an' if thing.colour == 'orange' else 'a'} {thing}"
 
 
 def _missing(things: tuple[Thing, ...], rng: np.random.Generator) -> Thing:
-    """A thing that does not appear: often with the right shape or the right colour of one that does."""
+    """A thing that does not appear, often with the shape or the colour of one that does."""
     style = rng.integers(3)
     while True:
         kind, colour = str(rng.choice(KINDS)), str(rng.choice(NAMES))
@@ -61,8 +67,8 @@ def _missing(things: tuple[Thing, ...], rng: np.random.Generator) -> Thing:
             return Thing(kind, colour)
 
 
-def _answers(things: tuple[Thing, ...], rng: np.random.Generator) -> dict[str, Callable[[], tuple[str, Thing | None]]]:  # fmt: skip
-    """For each kind that makes sense here: a draw of (answer, the thing the question names)."""
+def _answers(things: tuple[Thing, ...], rng: np.random.Generator) -> dict[str, Maker]:
+    """A maker for each kind of question that makes sense here."""
     n, colours = len(things), [t.colour for t in things]
     digits = [t for t in things if t.is_digit]
     lone = [t for t in things if colours.count(t.colour) == 1]
@@ -80,7 +86,7 @@ def _answers(things: tuple[Thing, ...], rng: np.random.Generator) -> dict[str, C
     def about(thing: Thing, answer: str) -> tuple[str, Thing]:
         return getattr(thing, answer), thing
 
-    makers: dict[str, tuple[bool, Callable[[], tuple[str, Thing | None]]]] = {
+    makers: dict[str, tuple[bool, Maker]] = {
         "what": (n == 1, lambda: (str(things[0]), None)),
         "colour": (n > 0, lambda: about(pick(things), "colour")),
         "object": (bool(lone), lambda: about(pick(lone), "kind")),
@@ -95,8 +101,9 @@ def _answers(things: tuple[Thing, ...], rng: np.random.Generator) -> dict[str, C
     return {kind: make for kind, (fits, make) in makers.items() if fits}
 
 
-def ask(things: tuple[Thing, ...], count: int, rng: np.random.Generator, kinds: tuple[str, ...] = ()) -> list[Question]:  # fmt: skip
-    """Up to `count` questions of different kinds (of `kinds`, all by default) about a clip's things."""
+def ask(things: tuple[Thing, ...], count: int, rng: np.random.Generator,
+        kinds: tuple[str, ...] = ()) -> list[Question]:  # fmt: skip
+    """Up to `count` questions about a clip's things, each of another kind (of `kinds`)."""
     makers = _answers(things, rng)
     usable = [kind for kind in makers if not kinds or kind in kinds]
     out = []

@@ -9,6 +9,7 @@ conversations instead, each turn seeing the earlier ones.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..model.decoder import Decoder
+from ..model.decoder import Block, Decoder, RMSNorm
 from ..model.rope import rope_table, rotate
 from ..model.vlm import VLM
 from ..vision.packing import pool_frames
@@ -53,7 +54,8 @@ def things_of_frames(frames: int, most: int, rng: np.random.Generator) -> tuple[
 
 
 def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, grid: int,
-              rng: np.random.Generator, picture: bool = False, chats: float = 0.1) -> Sequences:  # fmt: skip
+              rng: np.random.Generator, picture: bool = False,
+              chats: float = 0.1) -> Sequences:  # fmt: skip
     """Random sequences of `frames` frames (a picture: one, unpooled, as OneVision packs it)."""
     visual = grid * grid + grid * (grid + 1) if picture else frames * (grid // 2) ** 2 + 1
     line = tok.encode("\n").ids
@@ -76,12 +78,12 @@ def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, g
         rows.append(bank.rows(groups, rng))
         asked_of.append(questions)
     longest = max(len(ids) for ids, *_ in every)
-    fill = (0, -1, 0, -1)
-    stacked = [
-        torch.tensor([row[i] + [fill[i]] * (longest - len(row[i])) for row in every])
-        for i in range(4)
-    ]
-    return Sequences(*stacked, torch.stack(rows), picture, asked_of, visual)
+
+    def stack(i: int, fill: int) -> Tensor:
+        return torch.tensor([row[i] + [fill] * (longest - len(row[i])) for row in every])
+
+    tables = stack(0, 0), stack(1, -1), stack(2, 0), stack(3, -1)
+    return Sequences(*tables, torch.stack(rows), picture, asked_of, visual)
 
 
 def embed(model: VLM, features: Tensor, batch: Sequences) -> Tensor:
@@ -111,21 +113,20 @@ def hidden(text: Decoder, x: Tensor, batch: Sequences) -> Tensor:
     config = text.config
     cos, sin = rope_table(batch.positions.flatten(), config, x.dtype)
 
-    def norm(layer: torch.nn.Module, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (width,), layer.weight, config.rms_norm_eps)  # type: ignore[arg-type]
+    def norm(layer: RMSNorm, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (width,), layer.weight, layer.eps)
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(0, (b, length)).transpose(1, 2)  # [B, heads, L, D]
 
     x = x.flatten(0, 1)
-    for block in text.layers:
-        h, at = norm(block.input_layernorm, x), block.self_attn  # type: ignore[arg-type]
-        q, k, v = (p(h).unflatten(-1, (-1, config.head_dim)) for p in (at.q_proj, at.k_proj, at.v_proj))
+    for block in cast(list[Block], text.layers):
+        h, at = norm(block.input_layernorm, x), block.self_attn
+        projections = (at.q_proj, at.k_proj, at.v_proj)
+        q, k, v = (p(h).unflatten(-1, (-1, config.head_dim)) for p in projections)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(
-            heads(q), heads(k), heads(v), bias, enable_gqa=True
-        )
+        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), bias, enable_gqa=True)
         x = x + at.o_proj(y.transpose(1, 2).flatten(0, 1).flatten(1))
-        h, mlp = norm(block.post_attention_layernorm, x), block.mlp  # type: ignore[arg-type]
+        h, mlp = norm(block.post_attention_layernorm, x), block.mlp
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
     return norm(text.norm, x).unflatten(0, (b, length))

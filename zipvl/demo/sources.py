@@ -59,7 +59,7 @@ def pictures(wheels: list[Path], names: tuple[str, ...]) -> list[list[Image.Imag
                     continue
                 data = io.BytesIO(archive.read(path))
                 if path.endswith((".mp4", ".mpg")):
-                    with av.open(data) as video:
+                    with av.open(data, "r") as video:
                         frames = [f.to_image() for f in video.decode(video=0)]
                     found.append(frames[::12])
                 else:
@@ -68,7 +68,10 @@ def pictures(wheels: list[Path], names: tuple[str, ...]) -> list[list[Image.Imag
 
 
 def tiles(sources: list[list[Image.Image]], count: int, rng: np.random.Generator) -> Tensor:
-    """Square crops of random place and scale, of each source in turn. # uint8 [count, 3, SIDE, SIDE]"""
+    """Square crops of random place and scale, of each source in turn.
+
+    # uint8 [count, 3, SIDE, SIDE]
+    """
     out = []
     for number in tqdm(range(count), desc="tiles"):
         photos = sources[number % len(sources)]

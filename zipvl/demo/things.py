@@ -105,8 +105,10 @@ def _mask(kind: str, side: int) -> Image.Image:
         pen.text((half, half), kind, 255, font, anchor="mm", stroke_width=max(1, side // 28))
     elif kind in ("circle", "ring", "moon"):
         disc(1.0, 255)
-        if kind != "circle":
-            disc(*{"ring": (0.5, 0), "moon": (0.85, 0, 0.55)}[kind])
+        if kind == "ring":
+            disc(0.5, 0)
+        if kind == "moon":
+            disc(0.85, 0, 0.55)
     else:
         pen.polygon(
             [(half + x * REACH * half, half + y * REACH * half) for x, y in _outline(kind)], 255
@@ -116,7 +118,7 @@ def _mask(kind: str, side: int) -> Image.Image:
 
 @lru_cache(maxsize=4)
 def atlas(side: int) -> Tensor:
-    """Masks of every kind: channel 0 the fill, channel 1 fill and outline. # [kinds, 2, side, side]"""
+    """Masks of every kind, fill alone and with the outline. # [kinds, 2, side, side]"""
     layers = []
     for kind in KINDS:
         big = _mask(kind, 4 * side)
@@ -128,7 +130,7 @@ def atlas(side: int) -> Tensor:
 
 
 def draw(background: Tensor, placed: Placed) -> tuple[Tensor, Tensor]:
-    """Stickers on backgrounds [n, 3, S, S] in [0, 1] -> (pictures, how much of each pixel is covered).
+    """Stickers on backgrounds [n, 3, S, S] in [0, 1] -> (pictures, covered share of each pixel).
 
     The outline is white, and black around light colours. # [n, 3, S, S], [n, 1, S, S]
     """

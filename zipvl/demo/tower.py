@@ -16,7 +16,7 @@ from .things import KINDS, NAMES, RADIUS, ROAM, TILT, Placed, colour_rgb, draw
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures and, for every patch of the tower's grid, what covers it (-1: nothing or unclear)."""
+    """Pictures and what covers each patch of the tower's grid (-1: nothing, or unclear)."""
 
     pixels: Tensor  # [n, 3, S, S], normalised to [-1, 1]
     kind: Tensor  # int64 [n, N]

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,53 +26,19 @@ from ..model.vlm import VLM
 from .backgrounds import bundled, gradients, noise
 from .bank import Bank, build
 from .checkpoint import PATCH, SIDE, tokenizer, write_plain, write_weights
-from .muon import Muon
+from .optim import initialise, optimisers, update
 from .sequences import Sequences, embed, hidden, sequences
 from .tower import Heads, pictures
 
 GRID = SIDE // PATCH
-RATE = 2e-3
 TOKENS = 3600  # in one step of the decoder
 # Share of the run done -> frames of a clip, drawn evenly; 0 is a picture.
 CURRICULUM = (
     (0.15, (0, 1, 2, 3, 4)),
-    (0.40, (0, 1, 4, 6, 8)),
-    (0.75, (0, 4, 8, 16, 16)),
-    (1.00, (0, 8, 16, 16, 32, 64)),
-)  # fmt: skip
-
-
-def initialise(model: nn.Module, depth: int) -> None:
-    """Matrices scaled by their fan-in, those that end a residual branch by the depth as well."""
-    for name, p in model.named_parameters():
-        if p.dim() > 1:
-            table = "embedding.weight" in name and "patch" not in name or "lm_head" in name
-            nn.init.normal_(p, std=0.02 if table else p[0].numel() ** -0.5)
-        if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
-            p.data *= (2 * depth) ** -0.5
-
-
-def optimisers(*modules: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside, AdamW for tables, heads, norms and biases."""
-    named = [(n, p) for m in modules for n, p in m.named_parameters()]
-    inner = lambda n, p: p.dim() == 2 and not any(w in n for w in ("embed", "lm_head", "kind", "colour", "covered"))  # fmt: skip  # noqa: E501
-    rest = [p for n, p in named if not inner(n, p)]
-    return [
-        Muon([p for n, p in named if inner(n, p)], RATE),
-        torch.optim.AdamW(rest, RATE, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-
-
-def update(opts: list[torch.optim.Optimizer], loss: Tensor, step: int, steps: int) -> None:
-    """One step: warm-up over 50 steps, constant, linearly down to 2 % in the last 40 %."""
-    rate = RATE * min(1.0, (step + 1) / 50, (1 - step / steps) / 0.4 + 0.02)
-    loss.backward()
-    for opt in opts:
-        for group in opt.param_groups:
-            group["lr"] = rate
-        nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+    (0.35, (0, 4, 6, 8)),
+    (0.60, (0, 4, 8, 16, 16)),
+    (1.00, (0, 8, 16, 16, 32, 64, 64, 128)),
+)
 
 
 def log(path: Path, record: dict[str, Any]) -> None:
@@ -135,7 +101,9 @@ def train_decoder(model: VLM, bank: Bank, test: Bank, cache: Path, steps: int, s
     nn.init.normal_(model.image_newline, std=0.5)
     nn.init.normal_(model.text.embed_tokens.weight, std=0.5)
     with torch.no_grad():
-        model.projector[0].weight /= bank.features[::97].float().square().mean().sqrt()
+        cast(nn.Linear, model.projector[0]).weight /= (
+            bank.features[::97].float().square().mean().sqrt()
+        )
     model.vision.requires_grad_(False)
     opts = optimisers(parts)
     opts[1].add_param_group({"params": [model.image_newline]})
@@ -150,15 +118,16 @@ def train_decoder(model: VLM, bank: Bank, test: Bank, cache: Path, steps: int, s
         rng = np.random.default_rng([3, step])
         frames = int(rng.choice(next(f for share, f in CURRICULUM if step < share * steps)))
         length = (36 if frames == 0 else 4 * frames) + 72
-        batch = sequences(bank, tok, max(8, TOKENS // length), max(frames, 1), 6, GRID, rng, frames == 0)
+        batch = sequences(
+            bank, tok, max(8, TOKENS // length), max(frames, 1), 6, GRID, rng, frames == 0
+        )
         loss, _ = answer_loss(model, bank, batch)
         update(opts, loss, step, steps)
         losses.append(loss.item())
         if step % 200 == 199:
-            record = {"stage": "decoder", "step": step + 1, "loss": round(np.mean(losses[-200:]), 4)}
+            record = {"stage": "decoder", "step": step + 1, "loss": float(np.mean(losses[-200:]))}
             for f in (0, 4, 16, 64):
-                if step + 1 >= 0.4 * steps or f <= 4 or step % 1000 == 999:
-                    record[f"{f} frames"] = {k: round(v, 3) for k, v in evaluate(model, test, tok, f, 64).items()}
+                record[f"{f} frames"] = evaluate(model, test, tok, f, 64)
             log(cache / "log.jsonl", record | {"seconds": round(time.time() - began)})
             torch.save({"model": model.state_dict(), "optimisers": [o.state_dict() for o in opts],
                         "step": step + 1, "seconds": time.time() - began}, state)  # fmt: skip

@@ -11,19 +11,32 @@ import torch
 from torch import Tensor
 
 from .backgrounds import bundled, window
-from .things import DIGITS, KINDS, NAMES, RADIUS, ROAM, SHAPES, TILT, Placed, Thing, colour_rgb, draw
+from .things import (
+    DIGITS,
+    KINDS,
+    NAMES,
+    RADIUS,
+    ROAM,
+    SHAPES,
+    TILT,
+    Placed,
+    Thing,
+    colour_rgb,
+    draw,
+)
 
 MOST = 5  # stickers in a clip
+Path = tuple[float, float, float, float]  # x, y at the start, x, y at the end
 
 
 @dataclass(frozen=True)
 class Event:
-    """One sticker, visible in frames start .. stop - 1, drifting from one place to another."""
+    """One sticker in frames start .. stop - 1, drifting; places and radius as shares of a side."""
 
     thing: Thing
     start: int
     stop: int
-    path: tuple[float, float, float, float]  # x, y at the start, x, y at the end; shares of the side
+    path: Path
     radius: float
     angle: float
 
@@ -35,7 +48,7 @@ class Clip:
     frames: int
     events: tuple[Event, ...]
     tile: int  # which background, counted in the tiles a clip is drawn over
-    pan: tuple[float, float, float, float]  # the window's centre in the first and the last frame
+    pan: Path  # the window's centre in the first and the last frame
     zoom: float
 
     @property
@@ -46,8 +59,9 @@ class Clip:
 
 def some_things(count: int, rng: np.random.Generator) -> list[Thing]:
     """Random things, no kind twice; a third of them digits."""
-    digits = min(rng.binomial(count, 1 / 3), len(DIGITS))
-    kinds = [*rng.choice(SHAPES, count - digits, replace=False), *rng.choice(DIGITS, digits, replace=False)]
+    digits = rng.binomial(count, 1 / 3)
+    shapes = rng.choice(SHAPES, count - digits, replace=False)
+    kinds = [*shapes, *rng.choice(DIGITS, digits, replace=False)]
     return [Thing(str(kinds[i]), str(rng.choice(NAMES))) for i in rng.permutation(count)]
 
 
@@ -68,16 +82,21 @@ def spans(frames: int, count: int, rng: np.random.Generator) -> list[tuple[int, 
 
 
 def random_clip(frames: int, rng: np.random.Generator, tiles: int, most: int = MOST) -> Clip:
-    """A clip of `frames` frames with 0 (rarely) to `most` events, fewer in clips too short for them."""
+    """A clip with 0 (rarely) to `most` events, fewer where it is too short for them."""
     top = max(1, min(most, frames // 2))
     count = 0 if rng.random() < 0.03 else int(rng.integers(1, top + 1))
     events = []
-    for thing, (start, stop) in zip(some_things(count, rng), spans(frames, count, rng), strict=True):
-        path = tuple(float(v) for v in rng.uniform(0.5 - ROAM, 0.5 + ROAM, 4))
-        events.append(Event(thing, start, stop, path, float(rng.uniform(*RADIUS)),
-                            float(rng.uniform(-TILT, TILT))))  # fmt: skip
-    pan = tuple(float(v) for v in rng.uniform(-1, 1, 4))
-    return Clip(frames, tuple(events), int(rng.integers(tiles)), pan, float(rng.uniform(0.5, 0.9)))
+    for thing, at in zip(some_things(count, rng), spans(frames, count, rng), strict=True):
+        path, radius = corners(rng, 0.5 - ROAM, 0.5 + ROAM), float(rng.uniform(*RADIUS))
+        events.append(Event(thing, *at, path, radius, float(rng.uniform(-TILT, TILT))))
+    tile, pan, zoom = int(rng.integers(tiles)), corners(rng, -1, 1), float(rng.uniform(0.5, 0.9))
+    return Clip(frames, tuple(events), tile, pan, zoom)
+
+
+def corners(rng: np.random.Generator, low: float, high: float) -> Path:
+    """A random way from one place to another."""
+    x0, y0, x1, y1 = (float(v) for v in rng.uniform(low, high, 4))
+    return x0, y0, x1, y1
 
 
 def clip(seed: int, frames: int, most: int = MOST) -> Clip:

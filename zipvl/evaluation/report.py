@@ -60,7 +60,7 @@ def table(answers: list[Answer]) -> list[dict[str, Any]]:
             "chance": mean(a.chance for a in some),
             "prompt_tokens": mean(a.prompt_tokens for a in some),
             "kept": mean(mean(a.ratios) for a in some),
-            "kept_per_layer": [round(mean(r), 4) for r in zip(*(a.ratios for a in some), strict=True)],
+            "kept_per_layer": [mean(r) for r in zip(*(a.ratios for a in some), strict=True)],
             "kv_bytes": mean(a.kv_bytes for a in some),
             "prefill_seconds": mean(a.prefill_seconds for a in some),
             "decode_seconds": mean(a.decode_seconds for a in some),
@@ -82,7 +82,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"{100 * r['kept']:.1f} | {r['kv_bytes'] / 1000:.1f} | {r['prompt_tokens']:.0f} |"
             )
     groups = list(dict.fromkeys(r["group"] for r in rows))
-    lines += ["", "| frames | method | " + " | ".join(groups) + " |", "|---" * (len(groups) + 2) + "|"]
+    lines += ["", f"| frames | method | {' | '.join(groups)} |", "|---" * (len(groups) + 2) + "|"]
     share = {(r["frames"], r["method"], r["group"]): r["accuracy"] for r in rows}
     for frames, method in dict.fromkeys((r["frames"], r["method"]) for r in rows):
         cells = [share.get((frames, method, g)) for g in groups]

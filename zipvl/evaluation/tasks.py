@@ -9,7 +9,7 @@ from torch import Tensor
 from ..demo.backgrounds import bundled
 from ..demo.questions import CHANCE, PHRASES, ask
 from ..demo.things import RADIUS
-from ..demo.world import Clip, Event, random_clip, render, some_things
+from ..demo.world import Clip, Event, corners, random_clip, render, some_things
 from ..errors import UsageError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -54,16 +54,16 @@ def needle_items(frames: int, samples: int, seed: int) -> list[Item]:
         at, thing = round(depth * (frames - 1)), some_things(1, rng)[0]
         clips = []
         for start in range(0, frames, SCENE):
-            length, pan = min(SCENE, frames - start), rng.uniform(-1, 1, 4)
+            length, pan = min(SCENE, frames - start), corners(rng, -1, 1)
             events: tuple[Event, ...] = ()
             if start <= at < start + length:
                 radius = sum(RADIUS) / 2
                 events = (Event(thing, at - start, at - start + 1, (0.5,) * 4, radius, 0.0),)
-            x0, y0, x1, y1 = (float(v) for v in pan)
             tile = int(rng.integers(len(bundled())))
-            clips.append(Clip(length, events, tile, (x0, y0, x1, y1), 0.7))
+            clips.append(Clip(length, events, tile, pan, 0.7))
         question = str(rng.choice(PHRASES["what"]))
-        items.append(Item(f"depth {depth:.0%}", question, str(thing), CHANCE["what"], tuple(clips), frames))
+        group, chance = f"depth {depth:.0%}", CHANCE["what"]
+        items.append(Item(group, question, str(thing), chance, tuple(clips), frames))
     return items
 
 
