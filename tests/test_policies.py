@@ -21,6 +21,7 @@ from zipvl.policies.streaming import StreamingLLM
 from zipvl.policies.zipvl import ZipVL
 from zipvl.policy import METHODS, Plan, Policy, View, load_policy
 from zipvl.testing import check_policy
+from zipvl.testing.oracle import Oracle
 from zipvl.testing.toy import Toy
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +168,10 @@ def test_fastv_mask_equals_drop_for_the_tokens_kept() -> None:
         assert len(kept) == int((~prompt[1]).sum()) + round(0.4 * int(prompt[1].sum()))
         torch.testing.assert_close(mask.hidden[0][kept], drop.hidden[0], rtol=1e-4, atol=1e-4)
         assert mask.tokens == drop.tokens
+        hidden = [Plan()] * after + [Plan(attend=kept, cache=kept, fill="own")] * (5 - after)
+        x = toy.decoder.embed_tokens.weight[prompt[0]]  # the others still look at the kept ones
+        want = Oracle(toy.decoder).prefill(x, hidden)
+        torch.testing.assert_close(mask.hidden[0].double(), want, rtol=1e-3, atol=1e-3)
         assert drop.prefilled == mask.prefilled == [[55]] * after + [[len(kept)]] * (5 - after)
 
 
