@@ -168,7 +168,7 @@ class OriginalOracle(Oracle):
         self.plain = (CLIPImageProcessorPil(**CLIP_PIXELS) if self.clip
                       else SiglipImageProcessorPil(**SIGLIP_PIXELS))  # fmt: skip
         self.side = parts.tower.config.image_size
-        self.aspect = self.config["image_aspect_ratio"]
+        self.aspect = self.config["image_aspect_ratio"] or "square"
         self.merge = self.config.get("mm_patch_merge_type", "flat")
         self.pinpoints = self._pinpoints()  # (width, height)
 
@@ -199,52 +199,62 @@ class OriginalOracle(Oracle):
     def frames(self, video: np.ndarray) -> Tensor:
         return one(self.plain(images=list(video), return_tensors="pt"))
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """[n, 3, S, S] -> [n, N, C] after the projector."""
+    def _tower(self, pixels: Tensor) -> Tensor:
+        """[n, 3, S, S] -> [n, N, C_v]."""
         hidden = self.parts.tower(pixels, output_hidden_states=True).hidden_states[-2]
-        return self.parts.projector(hidden[:, 1:] if self.clip else hidden)
+        return hidden[:, 1:] if self.clip else hidden
 
     def _pool(self, features: Tensor) -> Tensor:
-        """2x2 pooling of each [N, C] map, as a map [n, C, s, s]."""
+        """2x2 pooling of each [N, C] map, [n, N', C]."""
         n, count, width = features.shape
         side = math.isqrt(count)
         maps = features.transpose(1, 2).reshape(n, width, side, side)
-        if self.config.get("mm_spatial_pool_mode", "average") == "bilinear":
-            return F.interpolate(maps, size=[math.ceil(side / 2)] * 2, mode="bilinear")
-        return F.avg_pool2d(maps, 2)
+        mode = self.config.get("mm_spatial_pool_mode", "average")
+        if mode == "bilinear":
+            maps = F.interpolate(maps, size=[math.ceil(side / 2)] * 2, mode="bilinear")
+        else:
+            maps = F.max_pool2d(maps, 2) if mode == "max" else F.avg_pool2d(maps, 2)
+        return maps.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def compute_features(self, images: Pictures, video: Frames) -> list[Tensor]:
         out = [
-            self._pack(self._encode(pixels), image.size)
+            self._pack(self.parts.projector(self._tower(pixels)), image.size)
             for pixels, image in zip(self.pixels(images), images, strict=True)
         ]
         return out if video is None else [*out, self._video(video)]
 
     def _video(self, video: np.ndarray) -> Tensor:
-        maps = self._pool(self._encode(self.frames(video)))  # [F, C, s, s]
+        features, project = self._tower(self.frames(video)), self.parts.projector
+        before = self.config.get("mm_pooling_position") == "before"
+        clips = project(self._pool(features)) if before else self._pool(project(features))
         newline, where = self.parts.newline, self.config.get("mm_newline_position")
-        if where == "grid":
-            maps = torch.cat([maps, newline[None, :, None, None].expand(*maps.shape[:3], 1)], -1)
-        flat = maps.permute(0, 2, 3, 1).flatten(0, 2)
-        ends = newline is not None and "max" in self.aspect and where is None
-        return torch.cat([flat, newline[None]]) if ends else flat
+        if newline is None or where == "no_token":
+            return clips.flatten(0, 1)
+        if where in ("grid", "frame"):  # after each row of each frame, after each frame
+            side = math.isqrt(clips.shape[1]) if where == "grid" else 1
+            rows = clips.unflatten(1, (side, -1))
+            return torch.cat([rows, newline.expand(*rows.shape[:2], 1, -1)], 2).flatten(0, 2)
+        ends = "max" in self.aspect or where == "one_token"
+        return torch.cat([clips.flatten(0, 1), newline[None]] if ends else [*clips])
 
     def _pack(self, crops: Tensor, size: tuple[int, int]) -> Tensor:
         """Crops [n, N, C] of a picture of `size` (width, height) -> its tokens [tokens, C]."""
         if self.merge == "unires":  # without the base crop, tile after tile
-            return self._pool(crops[1:]).permute(0, 2, 3, 1).flatten(0, 2)
+            return self._pool(crops[1:]).flatten(0, 1)
         if self.merge == "flat":
-            return crops[0]
-        newline = self.parts.newline
+            return crops.flatten(0, 1)
+        newline, unpad = self.parts.newline, "unpad" in self.merge
         if len(crops) == 1:
-            return torch.cat([crops[0], newline[None]])
+            return torch.cat([crops[0], newline[None]]) if unpad else crops[0]
         base, tiles = crops[0], crops[1:]
         side = math.isqrt(len(base))
         cols, rows = self._canvas(size)
         whole = torch.cat(  # rows of tiles side by side: [C, rows * side, cols * side]
             [torch.cat([t.T.reshape(-1, side, side) for t in tiles[r * cols : (r + 1) * cols]], 2)
              for r in range(rows)], 1)  # fmt: skip
+        if not unpad:
+            return torch.cat([base, whole.flatten(1).T])
         whole = _unpad(whole, size)
         if found := re.fullmatch(r"anyres_max_(\d+)", self.aspect):
             _, h, w = whole.shape
@@ -254,7 +264,7 @@ class OriginalOracle(Oracle):
                     whole[None], [int(h // times), int(w // times)], mode="bilinear"
                 )[0]
         lines = torch.cat([whole, newline[:, None, None].expand(-1, whole.shape[1], 1)], 2)
-        return torch.cat([base, lines.flatten(1).T])
+        return torch.cat([base, lines.flatten(1).T]["nobase" in self.merge :])
 
     def _canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """(columns, rows) of tiles: most pixels kept, then least waste, then first in the list."""

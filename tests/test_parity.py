@@ -13,7 +13,7 @@ import tiny
 import tiny_original
 import torch
 import transformers
-from oracles import Oracle
+from oracles import HFOracle, Oracle, OriginalOracle
 from PIL import Image
 from torch import Tensor
 
@@ -226,8 +226,6 @@ def test_chunks_change_nothing(oracle: Callable) -> None:
 @pytest.mark.parametrize("change", ["layers", "full", "pad"])
 def test_llava_variants(change: str, tmp_path: Path) -> None:
     """Several feature layers side by side, the class token kept, pictures padded to squares."""
-    from oracles import HFOracle
-
     extra = {
         "layers": {"vision_feature_layer": [-2, 1, -1]},
         "full": {"vision_feature_select_strategy": "full"},
@@ -240,6 +238,33 @@ def test_llava_variants(change: str, tmp_path: Path) -> None:
     loaded = zipvl.load(tmp_path, device="cpu", dtype="float32")
     for name in ("wide", "two"):
         check(loaded, HFOracle(tmp_path), ask("llava", CASES[name], seed=3))
+
+
+VARIANTS = {
+    "linear": ("original_15", {"mm_projector_type": "linear"}),
+    "three layers": ("original_15", {"mm_projector_type": "mlp3x_gelu"}),
+    "square": ("original_15", {"image_aspect_ratio": None}),
+    "flat": ("original_16", {"mm_patch_merge_type": "flat"}),
+    "spatial": ("original_16", {"mm_patch_merge_type": "spatial"}),
+    "nobase": ("original_16", {"mm_patch_merge_type": "spatial_unpad_nobase"}),
+    "before": ("original_16", {"mm_pooling_position": "before"}),
+    "max": ("original_16", {"mm_spatial_pool_mode": "max"}),
+    "frame": ("original_16", {"mm_newline_position": "frame"}),
+    "end": ("original_16", {"mm_newline_position": "one_token"}),
+    "clip bilinear": ("original_longva", {"mm_spatial_pool_mode": "bilinear"}),
+    "siglip average": ("original_onevision", {"mm_spatial_pool_mode": "average"}),
+    "two tiles": ("original_onevision", {"image_aspect_ratio": "anyres_max_2"}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_original_variants(name: str, tmp_path: Path) -> None:
+    kind, extra = VARIANTS[name]
+    folder = tmp_path / "model"
+    asked = OriginalOracle(folder, tiny_original.build_original(kind, folder, 4, extra))
+    loaded = zipvl.load(folder, device="cpu", dtype="float32")
+    for case in ("wide", "two", *(() if kind in WITHOUT_VIDEO else ("video",))):
+        check(loaded, asked, ask(kind, CASES[case], seed=4))
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_next_mistral"])

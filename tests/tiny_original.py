@@ -2,7 +2,7 @@
 parts of transformers are saved under the original tensor names with an original-style config.json.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +96,20 @@ class Parts:
     config: dict[str, Any]
 
 
-def build_original(kind: str, folder: Path, seed: int = 0) -> Parts:
-    """Saves one of ORIGINALS in `folder`, its tower's config (and weights) in `folder`-tower."""
+def build_original(
+    kind: str, folder: Path, seed: int = 0, extra: dict[str, Any] | None = None
+) -> Parts:
+    """Saves one of ORIGINALS in `folder`, its tower's config (and weights) in `folder`-tower.
+
+    `extra` overrides config keys.
+    """
     made = ORIGINALS[kind]
+    made = replace(made, config=made.config | (extra or {}))
     ids, size = write_tokenizer(folder, made.text["model_type"], ())
     torch.manual_seed(seed)
     parts = _modules(made, size)
     quieten(parts.llm.lm_head.weight, sorted(ids.values()), size)
     tensors = {f"language_model.{k}": t for k, t in parts.llm.state_dict().items()}
-    for old, new in (("0", "linear_1"), ("2", "linear_2")):
-        for part in ("weight", "bias"):
-            tensors[f"multi_modal_projector.{new}.{part}"] = parts.projector.state_dict()[
-                f"{old}.{part}"
-            ]
     if parts.newline is not None:
         tensors["image_newline"] = parts.newline
     tower = {k.removeprefix("vision_model."): t for k, t in parts.tower.state_dict().items()}
@@ -117,7 +118,9 @@ def build_original(kind: str, folder: Path, seed: int = 0) -> Parts:
         last = f"encoder.layers.{made.vision['num_hidden_layers'] - 1}."
         gone = (last, "head.") if made.vision is SIGLIP_FULL else ("head.",)
         tensors |= {f"vision_tower.{k}": t for k, t in tower.items() if not k.startswith(gone)}
-    save(rename(tensors, "original"), folder / "model.safetensors")
+    named = rename(tensors, "original")
+    named |= {f"model.mm_projector.{k}": t for k, t in parts.projector.state_dict().items()}
+    save(named, folder / "model.safetensors")
     write_json(folder / "config.json", parts.config | {
         "mm_vision_tower": str(folder.with_name(folder.name + "-tower"))})  # fmt: skip
     return parts
@@ -134,7 +137,7 @@ def _modules(made: Original, size: int) -> Parts:
     tower = getattr(transformers, f"{name}VisionModel")(
         getattr(transformers, f"{name}VisionConfig")(**shape)
     )
-    projector = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
+    projector = _projector(made.config.get("mm_projector_type", "mlp2x_gelu"))
     for module in (llm, tower, projector):
         redraw(module)
     rope = fields.pop("rope_parameters", None) or {}
@@ -144,10 +147,20 @@ def _modules(made: Original, size: int) -> Parts:
         architectures=[f"{made.name}ForCausalLM"], model_type="llava", hidden_act="silu",
         mm_projector_type="mlp2x_gelu", mm_hidden_size=32, mm_vision_select_layer=-2,
         mm_vision_select_feature="patch", mm_use_im_start_end=False, tokenizer_model_max_length=4096,
-        torch_dtype="float32", transformers_version="4.37.2", **fields, **made.config,
-    )  # fmt: skip
+        torch_dtype="float32", transformers_version="4.37.2", **fields,
+    ) | made.config  # fmt: skip
     newline = torch.randn(64) * 0.3 if made.newline else None
     return Parts(llm.eval(), tower.eval(), projector.eval(), newline, config)
+
+
+def _projector(kind: str) -> nn.Module:
+    """As the original builder makes it: a bare layer, or a Sequential with numbered ones."""
+    if kind == "linear":
+        return nn.Linear(32, 64)
+    layers: list[nn.Module] = [nn.Linear(32, 64)]
+    for _ in range(int(kind[3]) - 1):
+        layers += [nn.GELU(), nn.Linear(64, 64)]
+    return nn.Sequential(*layers)
 
 
 def _write_tower(folder: Path, made: Original, tensors: dict[str, Tensor]) -> None:
