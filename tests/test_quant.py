@@ -16,12 +16,19 @@ from zipvl.engine.quant import (
     Packed,
     Scheme,
     channel_scale,
-    kivi_keys,
-    kivi_values,
     pack,
     quantise,
     unpack,
 )  # fmt: skip
+
+
+def kivi_keys(group: int) -> Scheme:
+    return Scheme(tokens=group, heads=1, channels=1)
+
+
+def kivi_values(group: int) -> Scheme:
+    return Scheme(tokens=1, heads=1, channels=group)
+
 
 SCHEMES = {
     "keys": KEYS,

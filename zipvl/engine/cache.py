@@ -8,10 +8,30 @@ on. Each slot remembers the position its token had in the prompt; a new token's 
 the caller and never derived from a cache length.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from ..model.kernels import Spans
+
+
+class Cache(Protocol):
+    """What the attention layer needs of a cache, whatever it stores."""
+
+    spans: Spans
+    state: list[dict]
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None: ...
+    def read(self) -> tuple[Tensor, Tensor, Spans]: ...
+    def view(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def settle(self, choose: Callable[[int, int], Tensor | None]) -> None: ...
+    def keep(self, sequence: int, slots: Tensor) -> None: ...
+    def drop(self, keep: list[int]) -> "Cache": ...
+    def sequence_bytes(self) -> list[int]: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 class LayerCache:
@@ -38,6 +58,13 @@ class LayerCache:
         at = [s + n for s, n in zip(self.spans.starts, self.spans.lengths, strict=True)]
         self._write(at, k, v, positions)
         self.spans.grow()
+
+    def read(self) -> tuple[Tensor, Tensor, Spans]:
+        """k, v [slots, G, D] of all sequences and where each lies, no copy."""
+        return self.k, self.v, self.spans
+
+    def settle(self, choose: Callable[[int, int], Tensor | None]) -> None:
+        """What is to be done after each step: nothing (QuantCache quantises)."""
 
     def view(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
         """k, v [n, G, D] and positions [n, G] of one sequence, no copy."""

@@ -45,16 +45,6 @@ KEYS = Scheme(tokens=0, heads=1, channels=1)  # ZipCache: per channel, over the 
 VALUES = Scheme(tokens=1, heads=0, channels=0, scaled=True)  # ZipCache: per token, all channels
 
 
-def kivi_keys(group: int) -> Scheme:
-    """KIVI (arXiv 2402.02750): per channel, over `group` consecutive tokens."""
-    return Scheme(tokens=group, heads=1, channels=1)
-
-
-def kivi_values(group: int) -> Scheme:
-    """KIVI: per token and head, over `group` consecutive channels."""
-    return Scheme(tokens=1, heads=1, channels=group)
-
-
 @dataclass(frozen=True)
 class Packed:
     """x [n, G, D] as codes and what turns them back."""
@@ -91,8 +81,18 @@ class Packed:
             numbers = numbers.repeat_interleave(channels, 2)[..., : self.width]
         return numbers.float()
 
+    def joins(self, other: "Packed") -> bool:
+        """Whether `other`, of the same scheme, can follow in the same tensors."""
+        group = self.scheme.tokens
+        return (
+            self.bits == other.bits
+            and bool(group)
+            and self.scale is None is other.scale
+            and (len(self) % group == 0)
+        )
+
     def join(self, other: "Packed") -> "Packed":
-        """Both, one after the other, of one scheme without scale and of whole groups of tokens."""
+        """Both, one after the other."""
         mine, new = (self.codes, self.step, self.low), (other.codes, other.step, other.low)
         codes, step, low = (torch.cat(pair) for pair in zip(mine, new, strict=True))
         return replace(self, codes=codes, step=step, low=low)
