@@ -5,11 +5,11 @@ from .engine.stats import Stats
 
 def summary(stats: Stats) -> str:
     """Seconds by stage, rates, and a bar per layer."""
-    s, mib = stats.seconds, 2**20
+    s, n, mib = stats.seconds, stats.prompt_tokens, 2**20
     lines = [
         f"video    {s['video']:8.3f} s   {len(stats.frames)} frames read",
         f"vision   {s['vision']:8.3f} s   {stats.visual_tokens} visual tokens",
-        f"prefill  {s['prefill']:8.3f} s   {stats.prompt_tokens} tokens, {stats.prefill_rate:.0f}/s",
+        f"prefill  {s['prefill']:8.3f} s   {n} tokens, {stats.prefill_rate:.0f}/s",
         f"decode   {s['decode']:8.3f} s   {stats.new_tokens} tokens, {stats.decode_rate:.1f}/s",
         f"kept     {stats.ratio:8.1%}     attention work {stats.attention_work:.1%} of dense",
         f"cache    {stats.kv_bytes / mib:8.2f} MiB  {stats.kv_bytes_dense / mib:.2f} MiB if dense",
