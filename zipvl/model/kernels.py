@@ -52,38 +52,39 @@ Attend = Callable[[Tensor, Tensor, Tensor, Spans, Spans], Tensor]
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, a call per sequence; runs everywhere."""
-    lengths = q_spans.lengths
-    if lengths == k_spans.lengths and len(set(lengths)) == 1 and not k_spans.room:
-        split = (len(lengths), -1)  # equal lengths, as in training: one call for all
-        return _sdpa(q.unflatten(0, split), k.unflatten(0, split), v.unflatten(0, split)).flatten(
-            0, 1
-        )
+    """PyTorch's scaled_dot_product_attention; runs everywhere. One call for sequences of equal
+    lengths, else one each."""
+    B = len(q_spans)
+    if len(set(q_spans.lengths)) == len(set(k_spans.lengths)) == len(set(k_spans.capacity)) == 1:
+        k, v = (t.unflatten(0, (B, -1))[:, : k_spans.lengths[0]] for t in (k, v))
+        return sdpa(q.unflatten(0, (B, -1)), k, v).flatten(0, 1)
     spans = zip(q_spans.slices(), k_spans.slices(), strict=True)
-    return torch.cat([_sdpa(q[None, rows], k[None, at], v[None, at])[0] for rows, at in spans])
+    return torch.cat([sdpa(q[None, rows], k[None, at], v[None, at])[0] for rows, at in spans])
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, rows, H, D], k and v [B, slots, G, D] -> [B, rows, H, D]."""
-    B, rows, H, _ = q.shape
-    slots = k.shape[1]
-    if B == rows == 1:
-        return attend_row(q[0, 0], k[0], v[0])[0][None, None]
+    rows, H, slots, G = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, G, slots, D] views
+    if (
+        rows == 1
+    ):  # the H/G heads of a key/value head as rows: the cache is read once, not H/G times
+        return F.scaled_dot_product_attention(q.unflatten(2, (G, -1))[:, 0], k, v).flatten(1, 2)[
+            :, None
+        ]
     mask = None
     if rows != slots:  # SDPA's own is_causal aligns at the start
         mask = torch.ones(rows, slots, dtype=torch.bool, device=q.device).tril(slots - rows)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[2] != H,
-    )  # fmt: skip
+        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=G != H
+    )
     return out.transpose(1, 2)
 
 
 def attend_row(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """One query row [H, D] over k, v [n, G, D]: output [H, D] and probabilities [G, H/G, n].
 
-    The H/G heads that share a key/value head are the rows of one matrix product, so the cache is
-    read once; SDPA with one row would read it H/G times.
+    For methods that look at the probabilities while decoding, which SDPA does not give.
     """
     rows = q.unflatten(0, (k.shape[1], -1))  # [G, H/G, D]
     scores = torch.matmul(rows, k.permute(1, 2, 0))  # [G, H/G, n]
