@@ -106,9 +106,10 @@ def worked_out(q: Question, things: tuple[Thing, ...]) -> str:
         "first": lambda: names[0],
         "last": lambda: names[-1],
         "after": lambda: names[[t.kind for t in things].index(kind) + 1],
+        "before": lambda: names[[t.kind for t in things].index(kind) - 1],
         "count": lambda: str(len(names)),
         "digit": lambda: " ".join(t.kind for t in things if t.kind.isdigit()),
-        "list": lambda: ", ".join(names),
+        "list": lambda: ", ".join(names) or "nothing",
         "yesno": lambda: "yes" if f"{colour} {kind}" in names else "no",
     }[q.kind]()
 
@@ -119,7 +120,7 @@ def test_answers_are_right(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     things = tuple(some_things(count, rng))
     questions = ask(things, 99, rng)
-    assert {q.kind for q in questions} >= {"count", "yesno"}
+    assert {q.kind for q in questions} >= {"count", "list", "yesno"}
     assert len({q.kind for q in questions}) == len(questions)
     for q in questions:
         assert q.answer == worked_out(q, things), q

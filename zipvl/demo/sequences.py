@@ -23,7 +23,7 @@ from ..model.vlm import VLM
 from ..vision.packing import pool_frames
 from .bank import EMPTY, Bank, group
 from .checkpoint import END, SPECIAL
-from .questions import Question, ask
+from .questions import Question, ask, careless
 from .world import MOST, some_things, spans
 
 USER, ASSISTANT = SPECIAL.index("<|user|>"), SPECIAL.index("<|assistant|>")
@@ -67,7 +67,11 @@ def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, g
         ids, part, target = [USER] + [0] * visual + line, [0] * (visual + 2), [-1] * (visual + 2)
         positions = list(range(len(ids)))
         for n, q in enumerate(questions, start=1):
-            lead = ([USER] if chat and n > 1 else []) + tok.encode(q.text).ids + [ASSISTANT]
+            lead = (
+                ([USER] if chat and n > 1 else [])
+                + tok.encode(careless(q.text, rng)).ids
+                + [ASSISTANT]
+            )
             answer = [*tok.encode(q.answer).ids, END]
             begin = len(ids) if chat else visual + 2
             ids += lead + answer

@@ -81,7 +81,7 @@ def evaluate(model: VLM, bank: Bank, tok: Tokenizer, frames: int, clips: int) ->
     """
     rng, right = np.random.default_rng(5), dict[str, list[bool]]()
     for _ in range(math.ceil(clips / 16)):
-        batch = sequences(bank, tok, 16, max(frames, 1), 9, GRID, rng, frames == 0, chats=0)
+        batch = sequences(bank, tok, 16, max(frames, 1), 11, GRID, rng, frames == 0, chats=0)
         flat = answer_loss(model, bank, batch)[1].tolist()
         for row, questions in enumerate(batch.questions):
             for n, q in enumerate(questions, start=1):
