@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import TextConfig
-from ..engine.cache import LayerCache
+from ..engine.cache import Cache
 from ..model.decoder import Decoder
 from ..model.kernels import attend_sdpa
 from ..model.pack import Pack
@@ -22,7 +22,7 @@ class Trace:
 
     tokens: list[list[int]]
     hidden: list[Tensor]  # [sum T', C] of the prefill, then [B, C] of each decode step
-    caches: list[LayerCache]
+    caches: list[Cache]
     prefilled: list[list[int]]  # tokens cached in each layer and sequence before decoding
     bytes: list[int]  # of each layer's cache
     seen: "Watch"
@@ -41,9 +41,9 @@ class Toy:
         chance = torch.Generator().manual_seed(seed)
         decoder = Decoder(config)
         with torch.no_grad():
-            for p in decoder.parameters():
+            for name, p in decoder.named_parameters():
                 noise = torch.randn(p.shape, generator=chance)
-                p.copy_(1 + 0.1 * noise if p.ndim == 1 and len(p) == 32 else 0.25 * noise)
+                p.copy_(1 + 0.1 * noise if "norm" in name else 0.25 * noise)
             decoder.embed_tokens.weight.mul_(4)
         return cls(decoder, torch.randn(61, 32, generator=chance))
 
