@@ -163,3 +163,20 @@ def _is_canvas(pair: Any, tile: int) -> bool:
         and len(pair) == 2
         and all(type(side) is int and 0 < side < 10**6 and side % tile == 0 for side in pair)
     )
+
+
+def max_tiles(aspect: Any) -> int | None:
+    """N of "anyres_max_N", OneVision's mark."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(aspect))
+    return int(found[1]) if found else None
+
+
+def read_stride(raw: dict, key: str, where: str) -> int:
+    """The pooling stride at `key`, 2 where it is missing."""
+    return number(raw, key, where, most=100) if raw.get(key) is not None else 2
+
+
+def max_length(raw: dict) -> int | None:
+    """The context a checkpoint was trained for, where the file tells."""
+    value = raw.get("tokenizer_model_max_length") or raw.get("max_position_embeddings")
+    return value if isinstance(value, int) else None

@@ -8,23 +8,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .config import MediaConfig, ModelConfig, VisionConfig, read_json
+from .config import MediaConfig, ModelConfig, read_json
 from .errors import ModelError
 from .fields import (
     TEXT_DEFAULTS,
     choice,
+    max_length,
+    max_tiles,
     number,
-    read_colours,
     read_pinpoints,
     read_preprocessor,
+    read_stride,
     read_text,
     section,
     shown,
 )
-from .towers import CLIP_L_336, SIGLIP_SO400M, needs_map, read_vision, tower_config
+from .towers import CLIP_L_336, SIGLIP_SO400M, needs_map, read_pixels, read_vision, tower_config
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
 ONEVISION_PINPOINTS = [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)]
 NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIGLIP_26 = SIGLIP_SO400M | {"num_hidden_layers": 26}  # HF leaves out the block that is never used
@@ -90,20 +90,20 @@ def _read_hf(folder: Path, raw: dict, where: str) -> ModelConfig:
     decoder = read_text(text, kind, tied, where)
     choice(raw.get("projector_hidden_act", "gelu"), ("gelu",), "projector_hidden_act", where)
     image, video = _media_tokens(raw, family, where)
-    tiles = _max_tiles(raw.get("vision_aspect_ratio", "anyres_max_9"))
+    tiles = max_tiles(raw.get("vision_aspect_ratio", "anyres_max_9"))
     mode = raw.get("spatial_pool_mode", "average")
     return ModelConfig(
         text=decoder,
         vision=vision,
         media=MediaConfig(
-            **_pixels(pre, vision, str(folder)),
+            **read_pixels(pre, vision, str(folder)),
             image="anyres" if not plain else "pad" if pre.get("do_pad") else "crop",
             pinpoints=() if plain else read_pinpoints(pinpoints, vision.image_size, where),
             merge="flat" if plain else "spatial_unpad",
             max_tiles=tiles if onevision else None,
             several="pad" if onevision else "same",
             pool="bilinear" if onevision else choice(mode, POOLS, "spatial_pool_mode", where),
-            stride=2 if onevision else _stride(raw, "spatial_pool_stride", where),
+            stride=2 if onevision else read_stride(raw, "spatial_pool_stride", where),
             pool_first=family == "llava_next_video",
             video_newline="one" if onevision else "none",
         ),
@@ -114,7 +114,7 @@ def _read_hf(folder: Path, raw: dict, where: str) -> ModelConfig:
         newline=not plain,
         image_token=image,
         video_token=video,
-        max_length=_max_length(TEXT_DEFAULTS[decoder.kind] | text),
+        max_length=max_length(TEXT_DEFAULTS[decoder.kind] | text),
     )
 
 
@@ -146,7 +146,7 @@ def _read_original(folder: Path, raw: dict, where: str) -> ModelConfig:
     aspect = str(raw.get("image_aspect_ratio") or "square")
     if merge != "flat":
         needs_map(vision, where)
-    tiles, anyres, newline = _max_tiles(aspect), aspect.startswith("anyres"), "unpad" in merge
+    tiles, anyres, newline = max_tiles(aspect), aspect.startswith("anyres"), "unpad" in merge
     pinpoints = raw.get("image_grid_pinpoints")
     usual = "bilinear" if siglip else "average"
     mode = raw.get("mm_spatial_pool_mode") or usual
@@ -154,7 +154,7 @@ def _read_original(folder: Path, raw: dict, where: str) -> ModelConfig:
         text=read_text(raw, kind, bool(raw.get("tie_word_embeddings")), where),
         vision=vision,
         media=MediaConfig(
-            **_pixels({}, vision, where),
+            **read_pixels({}, vision, where),
             image="anyres" if anyres else "pad" if aspect == "pad" else "crop",
             pinpoints=_flipped(pinpoints, vision.image_size, where) if anyres else (),
             merge="tiles" if merge == "unires" else merge,
@@ -162,7 +162,7 @@ def _read_original(folder: Path, raw: dict, where: str) -> ModelConfig:
             round_unpad=False,
             several="pad" if tiles else "same",
             pool=choice(mode, POOLS, "mm_spatial_pool_mode", where),
-            stride=_stride(raw, "mm_spatial_pool_stride", where),
+            stride=read_stride(raw, "mm_spatial_pool_stride", where),
             pool_first=raw.get("mm_pooling_position") == "before",
             video_newline=_video_newline(raw, tiles is not None, where) if newline else "none",
         ),
@@ -175,38 +175,13 @@ def _read_original(folder: Path, raw: dict, where: str) -> ModelConfig:
         image_token=-200,
         video_token=-200,
         tower=place,
-        max_length=_max_length(raw),
+        max_length=max_length(raw),
     )  # fmt: skip
-
-
-def _pixels(pre: dict[str, Any], vision: VisionConfig, where: str) -> dict[str, Any]:
-    """The MediaConfig fields about pixels: processor settings, the tower's own where they lack."""
-    siglip, size = vision.kind == "siglip", pre.get("size")
-    squash = siglip if size is None else isinstance(size, dict) and "height" in size
-    usual = (HALF, HALF) if siglip else (CLIP_MEAN, CLIP_STD)
-    mean, std = read_colours(pre, usual, where)
-    resize = "squash" if squash else "crop"
-    return {"size": vision.image_size, "resize": resize, "mean": mean, "std": std}
 
 
 def _flipped(pinpoints: Any, tile: int, where: str) -> tuple[tuple[int, int], ...]:
     """The original code reads pinpoints as (width, height), HF the same list as (height, width)."""
     return tuple((h, w) for w, h in read_pinpoints(pinpoints, tile, where))
-
-
-def _max_tiles(aspect: Any) -> int | None:
-    """N of "anyres_max_N", OneVision's mark."""
-    found = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(aspect))
-    return int(found[1]) if found else None
-
-
-def _stride(raw: dict, key: str, where: str) -> int:
-    return number(raw, key, where, most=100) if raw.get(key) is not None else 2
-
-
-def _max_length(raw: dict) -> int | None:
-    value = raw.get("tokenizer_model_max_length") or raw.get("max_position_embeddings")
-    return value if isinstance(value, int) else None
 
 
 def _video_newline(raw: dict, onevision: bool, where: str) -> str:

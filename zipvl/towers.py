@@ -5,7 +5,7 @@ from typing import Any
 
 from .config import VisionConfig, read_json
 from .errors import ModelError
-from .fields import choice, number, positive, section, shown
+from .fields import choice, number, positive, read_colours, section, shown
 
 CLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224,
@@ -13,6 +13,8 @@ CLIP = {
 }  # fmt: skip
 SIGLIP = CLIP | {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 VISION_DEFAULTS: dict[str, dict[str, Any]] = {"clip": CLIP, "siglip": SIGLIP}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
 CLIP_L_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
     "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
@@ -65,6 +67,16 @@ def read_vision(raw: dict, layers: Any, drop_cls: bool, where: str) -> VisionCon
         take=tuple(i if i >= 0 else count + 1 + i for i in listed),
         drop_cls=kind == "clip" and drop_cls,
     )
+
+
+def read_pixels(pre: dict[str, Any], vision: VisionConfig, where: str) -> dict[str, Any]:
+    """The MediaConfig fields about pixels: processor settings, the tower's own where they lack."""
+    siglip, size = vision.kind == "siglip", pre.get("size")
+    squash = siglip if size is None else isinstance(size, dict) and "height" in size
+    usual = (HALF, HALF) if siglip else (CLIP_MEAN, CLIP_STD)
+    mean, std = read_colours(pre, usual, where)
+    resize = "squash" if squash else "crop"
+    return {"size": vision.image_size, "resize": resize, "mean": mean, "std": std}
 
 
 def tower_config(folder: Path, name: Any, where: str) -> tuple[dict, str]:
