@@ -170,6 +170,18 @@ def test_prompt_from_standard_input(cli: Cli) -> None:
                "-q") == (0, wanted, "")  # fmt: skip
 
 
+def test_hints_say_when_the_method_does_not_pay(cli: Cli) -> None:
+    assert "hint:" not in cli.ask("--dense", "--stats")[2]
+    err = cli.ask("--tau", "0.99999", "--stats", "--max-new-tokens", "1")[2]
+    assert "of the tokens took part in attention" in err
+    assert "faster with --dense" in err
+    assert "drops little" in err
+    few = cli.ask("--method", "zipvl:always=last", "--tau", "0.1", "--stats",
+                  "--max-new-tokens", "500", "--seed", "1")[2]  # fmt: skip
+    assert "took part" not in few
+    assert "room for new tokens" in few
+
+
 def test_media_options(cli: Cli) -> None:
     picture, clip = str(cli.files / "picture.png"), str(cli.files / "clip.mp4")
     code, out, _ = cli.ask("-i", picture, "-v", clip, "-v", clip, "--fps", "2", "--start", "0.4",
@@ -409,6 +421,13 @@ def test_interrupt_before_the_answer(cli: Cli, owner: object, name: str) -> None
     assert (code, out.strip(), err) == (130, "", "")
 
 
+def test_interrupted_prefill_is_still_json(cli: Cli) -> None:
+    cli.patch.setattr(Decoder, "prefill", interrupting(Decoder.prefill))
+    code, out, _ = cli.ask("--json")
+    run = strict_json(out)
+    assert (code, run["finish_reason"], run["text"], run["tokens"]) == (130, "interrupted", "", [])
+
+
 def test_interrupted_answers_are_flushed(cli: Cli) -> None:
     whole = strict_json(cli.ask("--json", "--dense")[1])
     for args in ((), ("--json",)):
@@ -528,6 +547,7 @@ def test_chat_survives_errors(cli: Cli) -> None:
         "/image gone.png", "/video gone.mp4", "look at <image>", "What?", args=("-q",)
     )
     assert (code, out) == (0, wanted)
+    assert "/quit leaves" not in err
     errors = [line for line in err.splitlines() if line.startswith("> error: ")]
     assert len(errors) == 3, err
     assert all(n in e for n, e in zip(("gone.png", "gone.mp4", "<image>"), errors, strict=True)), (

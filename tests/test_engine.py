@@ -220,6 +220,24 @@ def test_prompt_faults(engine: Engine, picture: Image.Image) -> None:
     assert len(engine.prepare("", images=[picture]).media) == 1
 
 
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], "no message from the user"),
+        ([{"role": "system", "content": "Be brief."}], "no message from the user"),
+        ([{"role": "usr", "content": "x"}], "'usr'.* is no message"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "is no message"),
+        ([{"role": "user"}], "is no message"),
+        (["What?"], "'What\\?' is no message"),
+    ],
+)
+def test_messages_at_fault(
+    engine: Engine, picture: Image.Image, messages: list, named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        engine.prepare(messages, images=[picture])
+
+
 # --- streaming, stopping, batches -------------------------------------------------------------
 
 
@@ -236,6 +254,14 @@ def test_stream_is_generate(oracle: Callable, kind: str, picture: Image.Image) -
         assert all(p.result is None for p in pieces)
         assert last.token is None
         assert last.result.tokens == out.tokens
+
+
+def test_two_streams_at_once(engine: Engine, picture: Image.Image) -> None:
+    asked = [engine.prepare("What?"), engine.prepare("Which?", images=[picture])]
+    options = {"max_new_tokens": 6, "temperature": 1.0, "ignore_eos": True}
+    alone = [engine.generate(i, **options).tokens for i in asked]
+    both = zip(*(engine.stream(i, **options) for i in asked), strict=True)
+    assert [[p.token for p in pieces][:-1] for pieces in zip(*both, strict=True)] == alone
 
 
 def test_stop_token_is_left_out(engine: Engine) -> None:
@@ -522,6 +548,15 @@ def test_out_of_memory(
     assert "--frames" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert engine.generate("What?", max_new_tokens=4, ignore_eos=True).tokens == before
+
+
+def test_out_of_memory_while_reading(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise MemoryError("Unable to allocate 91.5 GiB for an array with shape (9, 9)")
+
+    monkeypatch.setattr("zipvl.engine.inputs.read_video", refuse)
+    with pytest.raises(OutOfMemory, match=r"91\.5 GiB.*--frames"):
+        engine.prepare("What?", video="film.mp4")
 
 
 def test_other_runtime_errors_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

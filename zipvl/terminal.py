@@ -90,7 +90,8 @@ class Session:
         """Questions about the same media until /quit or end of input."""
         if self.images or self.videos:
             self.prepare("")
-        say(HELP)
+        if not self.args.quiet:
+            say(HELP)
         talk: list[Message] = []
         last: Result | None = None
         while True:

@@ -80,14 +80,14 @@ class Engine:
         `frames` uniformly spread, or at most so many at `fps`; between seconds `start` and `end`.
         Raises MediaError, UsageError, ModelError.
         """
-        began = time.perf_counter()
-        images = as_list(images)
-        pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
-        clips = [
-            read_clip(v, self.config, self.progress, frames, fps, start, end)
-            for v in as_list(video)
-        ]
-        messages = conversation(prompt, system)
+        began, messages = time.perf_counter(), conversation(prompt, system)
+        with memory_errors(torch.device("cpu"), "reading media", "use fewer --frames"):
+            images = as_list(images)
+            pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
+            clips = [
+                read_clip(v, self.config, self.progress, frames, fps, start, end)
+                for v in as_list(video)
+            ]
         seconds = time.perf_counter() - began
         return build_inputs(self.chat, self.config, messages, pictures, clips, seconds)
 

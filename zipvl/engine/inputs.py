@@ -87,8 +87,17 @@ def as_list(media: Any) -> Sequence[Any]:
 
 
 def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
-    """Chat messages with text content; a plain prompt is one user message."""
+    """Chat messages with text content; a plain prompt is one user message. Raises UsageError."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    for m in messages:
+        known = isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
+        if not known or not isinstance(m.get("content"), str):
+            raise UsageError(
+                f"{m!r:.80} is no message: give {{'role': 'user', 'content': TEXT}}, or the same "
+                "from system or assistant"
+            )
+    if not any(m["role"] == "user" for m in messages):
+        raise UsageError("the conversation has no message from the user")
     head = [{"role": "system", "content": system}] if system else []
     return head + messages
 
