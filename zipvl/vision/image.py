@@ -20,7 +20,7 @@ from ..errors import MediaError
 
 BICUBIC = Image.Resampling.BICUBIC
 MAX_SIDE = 65535  # what JPEG can hold; longer sides are mistakes or attacks
-EXACT_SIDE = 8192  # intermediate pictures longer than this are avoided, at a grey level's cost
+EXACT_SIDE = 8192  # past it (aspect over 24:1) a shortcut bounds memory; pixels then differ by some greys
 
 
 @dataclass(frozen=True)
