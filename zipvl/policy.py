@@ -19,7 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .engine.storage import FULL, Storage
 from .errors import UsageError
+from .options import fit, parse
 
 METHODS = {
     "dense": "zipvl.policies.dense:Dense",
@@ -76,6 +78,7 @@ class Plan:
     attend: Tensor | None = None  # [K]  tokens whose q, k, v take part in this layer's attention
     cache: Tensor | None = None  # [K'] | [G, K']  tokens whose k, v stay for decoding
     stream: Tensor | None = None  # [K'']  tokens that go on to the next layer
+    precise: Tensor | None = None  # [K]  of the cached ones, those a mixed storage gives more bits
     fill: str = "zero"  # what the attention output of tokens outside `attend` is:
     #   zero      nothing, the residual passes (the paper)
     #   previous  the output of the nearest earlier token in `attend`
@@ -102,6 +105,16 @@ class Policy:
     def plan(self, view: View) -> Plan:
         """Called once per layer and prompt, with `mass` and `seen` if probe() gave rows."""
         return Plan()
+
+    @property
+    def storage(self) -> Storage:
+        """How the cache stores keys and values; engine/storage.py has the choices."""
+        return FULL
+
+    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
+        """Called when a mixed storage quantises the n newest tokens: which of them, [K], sorted,
+        get more bits, by the newest query's attention to them, `mass` [H, n]; None: all."""
+        return None
 
     def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
         """Called after each decode step: `slots` tokens are cached, `probs` [G, slots] if watched.
@@ -131,38 +144,16 @@ def load_policy(method: "str | Policy", **options: Any) -> Policy:
         raise UsageError(
             f"unknown method {head!r}: use one of {', '.join(METHODS)}, or my_file.py:Class"
         )
-    given = dict(_parse(item, method) for item in tail.split(",") if item)
+    given = dict(parse(item, method) for item in tail.split(",") if item)
     given |= {k: v for k, v in options.items() if v is not None}
     valid = inspect.signature(cls).parameters
     if unknown := given.keys() - valid.keys():
         listed = ", ".join(f"{p.name}={p.default}" for p in valid.values()) or "none"
         raise UsageError(f"method {head!r} has no option {min(unknown)!r}: it takes {listed}")
     try:
-        return cls(**{name: _fit(value, valid[name]) for name, value in given.items()})
+        return cls(**{name: fit(value, valid[name]) for name, value in given.items()})
     except (TypeError, ValueError) as e:
         raise UsageError(f"method {method!r}: {e}") from None
-
-
-def _parse(item: str, method: str) -> tuple[str, Any]:
-    key, equals, value = item.partition("=")
-    if not equals:
-        raise UsageError(f"method {method!r}: {item!r} is not of the form option=value")
-    for kind in (int, float):
-        try:
-            return key.strip(), kind(value)
-        except ValueError:
-            pass
-    return key.strip(), value.strip()
-
-
-def _fit(value: Any, option: inspect.Parameter) -> Any:
-    """`value` if it is of the kind of the option's default; a whole number also fits a float."""
-    wanted = {int: "a whole number", float: "a number", str: "a name"}.get(type(option.default))
-    if wanted is None or isinstance(value, type(option.default)):
-        return value
-    if isinstance(option.default, float) and isinstance(value, int):
-        return float(value)
-    raise ValueError(f"{option.name} is {value!r}: give {wanted}, such as {option.default}")
 
 
 def _from_file(path: Path, name: str) -> type[Policy]:

@@ -49,13 +49,13 @@ class LayerCache:
         for at, *new in zip(self.spans.slices(), k, v, positions, strict=True):
             self._write(at, *new)
 
-    def _write(self, at: slice | list[int], k: Tensor, v: Tensor, positions: Tensor) -> None:
+    def _write(self, at: slice | Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
         self.k[at], self.v[at] = k, v
         self.positions[at] = positions if positions.ndim == 2 else positions[:, None]
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """One new token per sequence: k, v [B, G, D], positions [B]."""
-        at = [s + n for s, n in zip(self.spans.starts, self.spans.lengths, strict=True)]
+        at = self.spans.edges[:-1] + self.spans.used  # [B]
         self._write(at, k, v, positions)
         self.spans.grow()
 

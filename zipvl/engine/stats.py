@@ -11,7 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..policy import Plan
-    from .cache import LayerCache
+    from .cache import Cache
 
 
 class Clock:
@@ -51,7 +51,7 @@ class LayerStats:
     seconds: dict[str, float]  # probe, select, attend, rest; of the whole batch
 
     @classmethod
-    def of(cls, lengths: list[int], plans: "list[Plan]", cache: "LayerCache | None",
+    def of(cls, lengths: list[int], plans: "list[Plan]", cache: "Cache | None",
            seconds: dict[str, float]) -> "LayerStats":  # fmt: skip
         both = list(zip(lengths, plans, strict=True))
         attended = [n if p.attend is None else len(p.attend) for n, p in both]

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..engine.cache import LayerCache
+from ..engine.cache import Cache
 from ..engine.stats import Clock, LayerStats
 from ..policy import Plan, Policy, View
 from .kernels import Attend, Spans, attend_kept, attend_row
+from .linear import Linear
 from .pack import Pack
 from .rope import rotate
 from .scores import count_seen, probe_mass
@@ -44,10 +45,10 @@ class Attention(nn.Module):
         super().__init__()
         C, H, G, D = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.config, self.layer = config, layer
-        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, G * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, G * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, G * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, C, bias=False)
 
     def queries(self, x: Tensor, pack: Pack, rows: Tensor | slice) -> Tensor:
         """Rotated queries [rows, H, D] of x [sum T, C]."""
@@ -73,7 +74,7 @@ class Attention(nn.Module):
 
     def prefill(
         self, x: Tensor, pack: Pack, policy: Policy, attend: Attend, room: int | None, clock: Clock
-    ) -> tuple[Tensor, list[Plan], LayerCache | None, LayerStats]:
+    ) -> tuple[Tensor, list[Plan], Cache | None, LayerStats]:
         """One layer over a packed batch: x [sum T, C] -> attention output [sum T, C].
 
         `room` is how many new tokens the cache must hold; None builds no cache.
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         with clock("rest"):
             cache = None
             if room is not None:
-                cache = compact(k, v, v_spans, needs, pack, plans, room)
+                cache = compact(k, v, v_spans, needs, pack, plans, room, policy.storage)
         return out, plans, cache, LayerStats.of(pack.spans.lengths, plans, cache, clock.pop())
 
     def plan(self, x: Tensor, k: Tensor, pack: Pack, b: int, policy: Policy, clock: Clock) -> Plan:
@@ -154,27 +155,30 @@ class Attention(nn.Module):
         ]
         return join(parts)
 
-    def decode(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache,
-               policy: Policy, attend: Attend) -> Tensor:  # fmt: skip
-        """A new token per sequence: x [B, C] at `positions` [B] -> [B, C]; the cache grows."""
-        D = self.config.head_dim
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, D)), cos, sin)  # [B, H, D]
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, D)), cos, sin)  # [B, G, D]
-        cache.append(k, self.v_proj(x).unflatten(-1, (-1, D)), positions)
+    def decode(self, x: Tensor, pack: Pack, cache: Cache, policy: Policy,
+               attend: Attend) -> Tensor:  # fmt: skip
+        """A new token per sequence: x [B, C] -> [B, C]; the cache grows."""
+        q, k = self.queries(x, pack, slice(None)), self.keys(x, pack)  # [B, H, D], [B, G, D]
+        v = self.v_proj(x).unflatten(-1, (-1, self.config.head_dim))  # [B, G, D]
+        cache.append(k, v, pack.positions)
+        k, v, spans = cache.read()
+        rows = spans.slices()
+        probs: list[Tensor | None] = [None] * len(x)
         if policy.watch_decode:
-            o = self.watch(q, cache, policy)
+            both = [attend_row(q[b], k[at], v[at]) for b, at in enumerate(rows)]
+            o, probs = torch.stack([o for o, _ in both]), [p.mean(1) for _, p in both]
         else:
-            o = attend(q, cache.k, cache.v, Spans([1] * len(x), x.device), cache.spans)
-            self.evict(cache, policy, [None] * len(x))
+            o = attend(q, k, v, pack.spans, spans)
+        self.evict(cache, policy, probs)
+
+        def precise(b: int, newest: int) -> Tensor | None:
+            mass = attend_row(q[b], k[rows[b]], v[rows[b]])[1].flatten(0, 1)  # [H, n]
+            return policy.precise(self.layer, mass[:, -newest:], cache.state[b])
+
+        cache.settle(precise)
         return self.o_proj(o.flatten(1))
 
-    def watch(self, q: Tensor, cache: LayerCache, policy: Policy) -> Tensor:
-        """Decode attention for methods that look at its probabilities, [B, H, D]."""
-        rows = [attend_row(q[b], *cache.view(b)[:2]) for b in range(len(q))]
-        self.evict(cache, policy, [probs.mean(1) for _, probs in rows])
-        return torch.stack([o for o, _ in rows])
-
-    def evict(self, cache: LayerCache, policy: Policy, probs: list[Tensor | None]) -> None:
+    def evict(self, cache: Cache, policy: Policy, probs: list[Tensor | None]) -> None:
         for b, p in enumerate(probs):
             slots = policy.evict(self.layer, cache.spans.lengths[b], cache.state[b], p)
             if slots is not None:

@@ -5,7 +5,7 @@ Mirrors transformers' models/{llama,mistral,qwen2}/modeling_*.py; parameter name
 `decode` are the two halves of generation.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..engine.cache import LayerCache
+from ..engine.cache import Cache
 from ..engine.stats import Clock, LayerStats
 from ..policy import Policy
 from .attention import Attention, Pack
 from .kernels import Attend, attend_sdpa
 from .linear import Linear
-from .rope import rope_table
 from .tokens import join
 
 
@@ -70,7 +69,7 @@ class Prefilled:
 
     hidden: Tensor  # [sum T', C] after the last norm, of the tokens that reached the end
     pack: Pack  # where these tokens lie and what their positions are
-    caches: list[LayerCache]  # one a layer; empty if none was asked for
+    caches: list[Cache]  # one a layer; empty if none was asked for
     layers: list[LayerStats]
 
 
@@ -126,13 +125,14 @@ class Decoder(nn.Module):
                 progress(stats)
         return Prefilled(chunked(self.norm, x, chunk), pack, caches, layers)
 
-    def decode(self, x: Tensor, positions: Tensor, caches: list[LayerCache], policy: Policy,
+    def decode(self, x: Tensor, positions: Tensor, caches: Sequence[Cache], policy: Policy,
                attend: Attend) -> Tensor:  # fmt: skip
         """One token per sequence: embeddings x [B, C] at `positions` [B] -> hidden [B, C]."""
-        cos, sin = rope_table(positions, self.config, x.dtype)
+        text = torch.zeros_like(positions, dtype=torch.bool)
+        pack = Pack.build([1] * len(x), positions, text, self.config, x.dtype)
         for block, cache in zip(self.blocks(), caches, strict=True):
             h = block.input_layernorm(x)
-            x = x + block.self_attn.decode(h, positions, cos, sin, cache, policy, attend)
+            x = x + block.self_attn.decode(h, pack, cache, policy, attend)
             x = block.feed_forward(x)
         return self.norm(x)
 

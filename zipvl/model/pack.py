@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import TextConfig
+from ..engine.cache_quant import Scratch
 from .kernels import Spans
 from .rope import rope_table
 
@@ -20,13 +21,16 @@ class Pack:
     cos: Tensor  # [sum T, 1, D/2]
     sin: Tensor
     state: list[dict]  # a policy's own notes, one dict a sequence
+    scratch: Scratch  # shared by the caches of all layers
 
     @classmethod
     def build(cls, lengths: list[int], positions: Tensor, is_visual: Tensor, config: TextConfig,
               dtype: torch.dtype) -> "Pack":  # fmt: skip
         cos, sin = rope_table(positions, config, dtype)
         state: list[dict] = [{} for _ in lengths]
-        return cls(Spans(lengths, positions.device), positions, is_visual, cos, sin, state)
+        return cls(
+            Spans(lengths, positions.device), positions, is_visual, cos, sin, state, Scratch()
+        )
 
     def take(self, rows: Tensor, lengths: list[int]) -> "Pack":
         """The pack of `rows` [sum K''] only; positions stay the original ones."""

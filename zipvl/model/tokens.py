@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..engine.cache import LayerCache, select
+from ..engine.cache import Cache, select
+from ..engine.storage import Storage
+from ..errors import UsageError
 from ..policy import Plan
 from .kernels import Spans
 from .pack import Pack
@@ -41,18 +43,35 @@ def join(parts: list[Tensor]) -> Tensor:
 
 
 def compact(k: Tensor, v: Tensor, v_spans: Spans, needs: list[Tensor | None], pack: Pack,
-            plans: list[Plan], room: int) -> LayerCache:  # fmt: skip
+            plans: list[Plan], room: int, storage: Storage) -> Cache:  # fmt: skip
     """A cache of exactly the planned tokens of each sequence, with room for `room` more.
 
     k [sum T, G, D] holds all tokens; v [sum needed, G, D] only `needs`, at `v_spans`.
     """
     at, kept = pack.spans.slices(), [plan.cache for plan in plans]
     some = zip(v_spans.slices(), needs, kept, strict=True)
-    positions = pack.positions[:, None].expand(-1, k.shape[1])  # [sum T, G]
-    return LayerCache(
+    return storage.build(
         [select(k[a], index) for a, index in zip(at, kept, strict=True)],
         [lookup(v[a], need, index) for a, need, index in some],
-        [select(positions[a], index) for a, index in zip(at, kept, strict=True)],
+        [places(pack.positions[a], index) for a, index in zip(at, kept, strict=True)],
+        [precise_slots(plan) for plan in plans],
         room,
         pack.state,
+        pack.scratch,
     )
+
+
+def places(positions: Tensor, index: Tensor | None) -> Tensor:
+    """Of positions [T], those of tokens `index`: [K], or [K, G] where heads differ."""
+    if index is None:
+        return positions
+    return positions[index if index.ndim == 1 else index.T]
+
+
+def precise_slots(plan: Plan) -> Tensor | None:
+    """Which slots of the cache hold the plan's precise tokens, [K]; None: all."""
+    if plan.precise is None or plan.cache is None:
+        return plan.precise
+    if plan.cache.ndim == 2:
+        raise UsageError("a Plan with `precise` needs a `cache` that all heads share")
+    return torch.isin(plan.cache, plan.precise).nonzero()[:, 0]
