@@ -20,7 +20,7 @@ from ..errors import MediaError
 
 BICUBIC = Image.Resampling.BICUBIC
 MAX_SIDE = 65535  # what JPEG can hold; longer sides are mistakes or attacks
-EXACT_SIDE = 8192  # past it (aspect over 24:1) a shortcut bounds memory; pixels then differ by some greys
+EXACT_SIDE = 8192  # past it (aspect over 24:1) a shortcut bounds memory and moves some greys
 
 
 @dataclass(frozen=True)
