@@ -79,13 +79,22 @@ def test_backends_equal_the_reference(
             torch.testing.assert_close(got[a].double().cpu(), want, rtol=tolerance, atol=tolerance)
 
 
-def test_equal_lengths_take_one_call_and_agree() -> None:
-    spans = Spans([33, 33, 33], "cpu")
-    q, k, v = torch.randn(99, 4, 8), torch.randn(99, 2, 8), torch.randn(99, 2, 8)
-    got = attend_sdpa(q, k, v, spans, spans)
-    for at in spans.slices():
-        want = reference(q[at], k[at], v[at], lower_right(33, 33))
-        torch.testing.assert_close(got[at].double(), want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("rows", [33, 1, 5])
+@pytest.mark.parametrize("room", [0, 4])
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_equal_lengths_take_one_call_and_agree(rows: int, room: int, shrunk: bool) -> None:
+    """Also when eviction made the lengths equal, or their places differ."""
+    q_spans, k_spans = Spans([rows] * 3, "cpu"), Spans([33, 40, 33], "cpu", room)
+    if shrunk:
+        k_spans.shrink([33, 33, 33])
+    else:
+        k_spans = Spans([33] * 3, "cpu", room)
+    q = torch.randn(3 * rows, 4, 8)
+    k, v = torch.randn(2, k_spans.total, 2, 8)
+    got = attend_sdpa(q, k, v, q_spans, k_spans)
+    for a, b in zip(q_spans.slices(), k_spans.slices(), strict=True):
+        want = reference(q[a], k[b], v[b], lower_right(rows, 33))
+        torch.testing.assert_close(got[a].double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_one_row_gives_its_probabilities() -> None:

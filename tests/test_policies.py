@@ -238,6 +238,27 @@ def test_h2o_adds_each_decode_step_and_evicts_the_least() -> None:
     assert slots.tolist() == [[0, 2, 3, 4], [0, 1, 3, 4]]
 
 
+def test_watched_probabilities_are_the_mean_over_a_group() -> None:
+    """[G, slots], one distribution for each key/value head, in every layer and step."""
+    seen = []
+
+    class Spy(Policy):
+        watch_decode = True
+
+        def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> None:
+            seen.append(slots)
+            assert probs.shape == (2, slots)
+            torch.testing.assert_close(probs.sum(1), torch.ones(2))
+
+    toy = Toy.build(4, 2)
+    watched = toy.run(Spy(), [toy.prompt(30), toy.prompt(8)])
+    assert seen == [n for step in range(1, 5) for _ in range(3) for n in (30 + step, 8 + step)]
+    plain = toy.run(Policy(), [toy.prompt(30), toy.prompt(8)])  # watching changes nothing
+    assert watched.tokens == plain.tokens
+    for a, b in zip(watched.hidden, plain.hidden, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_snapkv_votes_pool_and_keep_the_window() -> None:
     toy = Toy.build(4, 2, seed=2)
 
