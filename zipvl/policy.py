@@ -33,6 +33,9 @@ METHODS = {
     "streaming": "zipvl.policies.streaming:StreamingLLM",
     "h2o": "zipvl.policies.h2o:H2O",
     "snapkv": "zipvl.policies.snapkv:SnapKV",
+    "zipvl-quant": "zipvl.policies.zipvl_quant:ZipVLQuant",
+    "zipcache": "zipvl.policies.zipcache:ZipCache",
+    "kivi": "zipvl.policies.kivi:KIVI",
 }
 FILLS = ("zero", "previous", "own")
 

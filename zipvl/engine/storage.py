@@ -84,12 +84,11 @@ class Quantised:
 
 
 FULL = Full()
+KVBits = int | str | tuple[int, ...] | None  # as an option of a method
 
 
 def zipcache(bits: tuple[int, ...], interval: int) -> Quantised:
     """ZipCache's form, which ZipVL v1 uses: `interval` new tokens are quantised at a time."""
-    if interval < 1:
-        raise ValueError(f"interval is {interval}: give the new tokens to quantise at a time, 1 up")
     split = Split(bits[0], bits[-1])
     return Quantised(split, Side(KEYS, interval), Side(VALUES, interval))
 
@@ -101,7 +100,7 @@ def kivi(bits: int, group: int, residual: int) -> Quantised:
     return Quantised(Split(bits, bits), keys, values, whole=False)
 
 
-def as_bits(kv_bits: "int | str | tuple[int, ...] | None") -> tuple[int, ...]:
+def as_bits(kv_bits: KVBits) -> tuple[int, ...]:
     """4 -> (4,); "4,2" or "4/2" -> (4, 2); None -> (). Raises ValueError."""
     if kv_bits is None:
         return ()

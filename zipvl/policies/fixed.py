@@ -8,6 +8,7 @@ are those of `zipvl`. Where the paper is silent:
 
 from torch import Tensor, inf
 
+from ..engine.storage import KVBits
 from ..policy import View
 from .zipvl import ZipVL, check
 
@@ -16,9 +17,10 @@ class Fixed(ZipVL):
     """ratio 0.4, near the 42.1 % of the paper's ablation on Video-MME."""
 
     def __init__(self, ratio: float = 0.4, recent: int = 64, random: int = 64, always: str = "text",
-                 divisor: str = "probes", fill: str = "zero", seed: int = 0):  # fmt: skip
+                 divisor: str = "probes", fill: str = "zero", seed: int = 0,
+                 kv_bits: KVBits = None, interval: int = 100):  # fmt: skip
         check(0 < ratio <= 1, f"ratio is {ratio}: give the share to keep, above 0 and up to 1")
-        super().__init__(1.0, recent, random, always, divisor, fill, seed)
+        super().__init__(1.0, recent, random, always, divisor, fill, seed, kv_bits, interval)
         self.ratio = ratio
         del self.tau  # no part of this method
 

@@ -8,11 +8,14 @@ Where the paper is silent or is not followed:
   always     text keeps the prompt's text tokens in every layer (a token left out attends to nothing
              there, and the question must); last keeps the last token; none is the paper's letter
   divisor    nnz of Eq. 7 counts probe rows; `all` divides by n - j, as the authors' ZipCache code
+`kv_bits=4` stores what is kept at 4 bits; `kv_bits=4/2` drops nothing: kept tokens are stored at 4
+bits and the others at 2, which is the paper's first version (policies/zipvl_quant.py).
 """
 
 import torch
 from torch import Tensor
 
+from ..engine.storage import FULL, KVBits, Storage, as_bits, zipcache
 from ..policy import FILLS, Plan, Policy, View
 
 ALWAYS = ("text", "last", "none")
@@ -20,10 +23,15 @@ DIVISORS = ("probes", "all", "none")
 
 
 class ZipVL(Policy):
-    """tau 0.975 as in the paper's main results; 64 most recent + 64 random probe rows."""
+    """tau 0.975 as in the paper's main results; 64 most recent + 64 random probe rows. With
+    kv_bits, `interval` new tokens at a time are quantised."""
+
+    kv_bits: tuple[int, ...] = ()  # full precision
+    interval = 100
 
     def __init__(self, tau: float = 0.975, recent: int = 64, random: int = 64, always: str = "text",
-                 divisor: str = "probes", fill: str = "zero", seed: int = 0):  # fmt: skip
+                 divisor: str = "probes", fill: str = "zero", seed: int = 0,
+                 kv_bits: KVBits = None, interval: int = 100):  # fmt: skip
         check(tau > 0, f"tau is {tau}: give a share of the attention mass above 0")
         check(min(recent, random) >= 0 < recent + random, "recent + random must be 1 probe or more")
         check(always in ALWAYS, f"always is {always!r}: use one of {', '.join(ALWAYS)}")
@@ -31,6 +39,13 @@ class ZipVL(Policy):
         check(fill in FILLS, f"fill is {fill!r}: use one of {', '.join(FILLS)}")
         self.tau, self.recent, self.random, self.seed = tau, recent, random, seed
         self.always, self.divisor, self.fill = always, divisor, fill
+        if kv_bits is not None:
+            self.kv_bits, self.interval = as_bits(kv_bits), interval
+            check(interval >= 1, f"interval is {interval}: give 1 new token or more")
+
+    @property
+    def storage(self) -> Storage:
+        return zipcache(self.kv_bits, self.interval) if self.kv_bits else FULL
 
     def probe(self, view: View) -> Tensor | None:
         """Rows [P]: the most recent and, fresh in every layer, random others; all if T is small."""
@@ -50,7 +65,16 @@ class ZipVL(Policy):
         kept = self.forced(view)
         kept[best] = True
         index = kept.nonzero()[:, 0]
+        if len(self.kv_bits) == 2:
+            return Plan(attend=index, precise=index, fill=self.fill)
         return Plan(attend=index, cache=index, fill=self.fill)
+
+    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
+        """Eq. 6 and 8 for new tokens; the newest query sees them all, so Eq. 7 changes nothing."""
+        if self.keeps_all():
+            return None
+        mass = mass.mean(0)
+        return mass.topk(self.budget(mass)).indices.sort().values
 
     def keeps_all(self) -> bool:
         return self.tau >= 1
@@ -87,8 +111,9 @@ class ZipVLPlus(ZipVL):
     """ZipVL in which a token left out receives the output of the nearest earlier kept token."""
 
     def __init__(self, tau: float = 0.975, recent: int = 64, random: int = 64, always: str = "text",
-                 divisor: str = "probes", seed: int = 0):  # fmt: skip
-        super().__init__(tau, recent, random, always, divisor, "previous", seed)
+                 divisor: str = "probes", seed: int = 0, kv_bits: KVBits = None,
+                 interval: int = 100):  # fmt: skip
+        super().__init__(tau, recent, random, always, divisor, "previous", seed, kv_bits, interval)
 
 
 def check(valid: bool, message: str) -> None:

@@ -61,6 +61,18 @@ class Oracle:
                 self.held[i] = self.held[i].gather(1, self.per_head(slots))
         return self.norm(x, self.last)
 
+    def correct(self, layer: int, k: Tensor, v: Tensor) -> float:
+        """The cache is known to hold k, v [n, G, D], by position, for the tokens it holds: takes
+        these, and says how far they are from what the tokens had, as a share of their size."""
+        heads, error, size = self.config.num_heads, 0.0, 0.0
+        for mine, new in ((self.keys[layer], k), (self.values[layer], v)):
+            new = new.double().repeat_interleave(heads // new.shape[1], dim=1)
+            for h, held in enumerate(self.held[layer]):
+                error += float((mine[held, h] - new[:, h]).square().sum())
+                size += float(mine[held, h].square().sum())
+                mine[held, h] = new[:, h]
+        return math.sqrt(error / size)
+
     def per_head(self, index: Tensor) -> Tensor:
         """[K] or [G, K] -> [H, K]."""
         heads = self.config.num_heads

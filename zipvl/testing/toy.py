@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..config import TextConfig
 from ..engine.cache import Cache
+from ..engine.storage import Storage
 from ..model.decoder import Decoder
 from ..model.kernels import attend_sdpa
 from ..model.pack import Pack
@@ -25,6 +26,8 @@ class Trace:
     caches: list[Cache]
     prefilled: list[list[int]]  # tokens cached in each layer and sequence before decoding
     bytes: list[int]  # of each layer's cache
+    held: list[list[tuple[Tensor, Tensor, Tensor]]]  # before each step, of each layer: what the
+    #   cache says of the first sequence, k and v [n, G, D] and positions [n, G]
     seen: "Watch"
 
 
@@ -67,14 +70,16 @@ class Toy:
         counts = [list(c.spans.lengths) for c in out.caches]
         storage = [c.nbytes for c in out.caches]
         hidden, tokens = [out.hidden], torch.empty(len(prompts), 0, dtype=torch.long)
-        last = out.hidden[out.pack.spans.edges[1:].long() - 1]
+        last, held = out.hidden[out.pack.spans.edges[1:].long() - 1], []
         for step in range(steps):
             new = (last @ self.head.T).argmax(-1)  # [B]
             tokens = torch.cat((tokens, new[:, None]), dim=1)
             positions = torch.tensor(lengths) + step
+            k_v_at = [[t.clone() for t in c.view(0)] for c in out.caches]
+            held.append([(k, v, at) for k, v, at in k_v_at])
             last = model.decode(model.embed_tokens(new), positions, out.caches, watch, attend_sdpa)
             hidden.append(last)
-        return Trace(tokens.tolist(), hidden, out.caches, counts, storage, watch)
+        return Trace(tokens.tolist(), hidden, out.caches, counts, storage, held, watch)
 
 
 class Watch(Policy):
@@ -84,6 +89,10 @@ class Watch(Policy):
         self.policy, self.watch_decode = policy, policy.watch_decode
         self.plans: list[Plan] = []
         self.evictions: list[Tensor | None] = []
+
+    @property
+    def storage(self) -> Storage:
+        return self.policy.storage
 
     def probe(self, view: View) -> Tensor | None:
         rows = self.policy.probe(view)
@@ -100,12 +109,18 @@ class Watch(Policy):
         check_index(f"{where}: plan.attend", plan.attend, view.length, ndims=(1,))
         check_index(f"{where}: plan.cache", plan.cache, view.length, heads=len(view.k))
         check_index(f"{where}: plan.stream", plan.stream, view.length, ndims=(1,))
+        check_index(f"{where}: plan.precise", plan.precise, view.length, ndims=(1,))
         expect(
             plan.stream is None or int(plan.stream[-1]) == view.length - 1,
             f"{where}: plan.stream drops the prompt's last token, from which the answer starts",
         )
         self.plans.append(plan)
         return plan
+
+    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
+        index = self.policy.precise(layer, mass, state)
+        check_index(f"layer {layer}: what precise() returns", index, mass.shape[1], ndims=(1,))
+        return index
 
     def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
         keep = self.policy.evict(layer, slots, state, probs)

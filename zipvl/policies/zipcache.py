@@ -1,0 +1,53 @@
+"""ZipCache (arXiv 2405.14256): a fixed share of the tokens at 4 bits, the others at 2.
+
+Prefill is dense and nothing is dropped. Salient tokens are the best by attention mass over the
+number of probe rows that can see them; probes are the most recent `probes` of the prompt and as
+many random rows. While decoding, after every `interval` new tokens the newest query sorts these.
+Deviations from the authors' code: one set for all key/value heads, as their tokenwise steps span
+the heads; mass is divided by the count of probe rows, as their text says, not of all rows; a token
+is quantised once, where theirs turns the whole cache back and quantises it again each time; no
+random row is drawn twice.
+"""
+
+import torch
+from torch import Tensor
+
+from ..engine.storage import KVBits, Storage, as_bits, zipcache
+from ..policy import Plan, Policy, View
+from .zipvl import check
+
+
+class ZipCache(Policy):
+    """60 % of the tokens at 4 bits and the rest at 2; 5 % + 5 % probe rows, as published."""
+
+    def __init__(self, ratio: float = 0.6, probes: float = 0.05, kv_bits: KVBits = (4, 2),
+                 interval: int = 100, seed: int = 0):  # fmt: skip
+        check(0 < ratio <= 1, f"ratio is {ratio}: give the share at the larger bits, up to 1")
+        check(0 < probes <= 0.5, f"probes is {probes}: give a share of the rows, at most 0.5")
+        check(interval >= 1, f"interval is {interval}: give 1 new token or more")
+        self.ratio, self.probes, self.interval, self.seed = ratio, probes, interval, seed
+        self.kv_bits = as_bits(kv_bits)
+        check(len(self.kv_bits) > 0, "kv_bits is missing: give one or two bit widths, such as 4/2")
+
+    @property
+    def storage(self) -> Storage:
+        return zipcache(self.kv_bits, self.interval)
+
+    def probe(self, view: View) -> Tensor | None:
+        count = max(1, round(self.probes * view.length))
+        old = view.length - count
+        chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
+        some = torch.randperm(old, generator=chance)[:count].sort().values
+        return torch.cat((some, torch.arange(old, view.length)))
+
+    def plan(self, view: View) -> Plan:
+        assert view.mass is not None
+        assert view.seen is not None
+        return Plan(precise=self.best(view.mass.mean(0) / view.seen.clamp(min=1)))
+
+    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
+        return self.best(mass.mean(0))
+
+    def best(self, score: Tensor) -> Tensor:
+        """Sorted indices of the salient tokens by score [n]."""
+        return score.topk(max(1, round(self.ratio * len(score)))).indices.sort().values
