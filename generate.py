@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tau", type=float, help="share of attention mass a layer keeps (zipvl; default 0.975)")
     add("--keep-ratio", type=float, metavar="R", help="share of tokens kept (methods with a ratio)")
     add("--probe", metavar="R+R", help="probe rows, recent+random (zipvl; default 64+64)")
+    add("--kv-bits", metavar="B", help="cache bits: 4; or 4,2 to keep all, the others at 2 (zipvl)")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     add(
@@ -102,16 +103,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Faults of the command line that need no model to be seen."""
-    choices = (args.method, args.tau, args.keep_ratio, args.probe)
+    choices = (args.method, args.tau, args.keep_ratio, args.probe, args.kv_bits)
     if args.dense and any(choice is not None for choice in choices):
         parser.error(
-            "--dense keeps every token: leave out --method, --tau, --keep-ratio and --probe"
+            "--dense keeps every token in full precision: leave out --method, --tau, --keep-ratio, "
+            "--probe and --kv-bits"
         )
     interactive = sys.stdin and sys.stdin.isatty()
     if (args.prompt is None and not interactive) or (args.prompt == "-" and not sys.stdin):
         parser.error("no prompt: give -p TEXT, or -p - to read it from standard input")
     if args.prompt is None and args.json:
         parser.error("--json prints one answer and a chat has many: give -p TEXT")
+    if args.kv_bits is not None and args.kv_bits.isdecimal():
+        args.kv_bits = int(args.kv_bits)
     if args.probe is not None:
         recent, plus, random = args.probe.partition("+")
         if not (plus and recent.isdecimal() and random.isdecimal()):
@@ -132,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         open_image(path)
     policy = zipvl.load_policy(
         "dense" if args.dense else args.method or "zipvl",
-        tau=args.tau, ratio=args.keep_ratio, **(args.probe or {}),
+        tau=args.tau, ratio=args.keep_ratio, kv_bits=args.kv_bits, **(args.probe or {}),
     )  # fmt: skip
     show = sys.stderr.isatty() and not args.quiet
     engine = zipvl.load(args.model, args.device, args.dtype, args.attn, args.template, show)
