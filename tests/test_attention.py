@@ -142,12 +142,21 @@ def test_probe_mass_is_the_full_softmax_of_its_rows(T: int, P: int, seed: int, G
     want = full[:, rows].sum(1)
     for block in (1, 3, len(rows), 1000):  # divides P, does not, all, more than all
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scores, "SCORE_BYTES", block * 4 * 4 * T)
+            patch.setattr(scores, "SCORE_BYTES", block * 4 * (4 // G) * T)
             got = probe_mass(q[rows], k, rows)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     assert torch.allclose(got.sum(1), torch.tensor(float(len(rows))))
     assert count_seen(rows, T).tolist() == [sum(r >= j for r in rows.tolist()) for j in range(T)]
+
+
+def test_probe_mass_does_not_round_its_logits() -> None:
+    """bfloat16 queries and keys: products and softmax in float32, whatever the model's dtype."""
+    q, k = torch.randn(9, 4, 16).bfloat16() * 4, torch.randn(60, 2, 16).bfloat16()
+    rows = torch.arange(51, 60)
+    got, want = probe_mass(q, k, rows), probe_mass(q.double(), k.double(), rows)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 # --- the layer

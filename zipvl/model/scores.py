@@ -11,21 +11,22 @@ SCORE_BYTES = 64 << 20  # one block of probe rows x heads x tokens in float32
 def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     """Eq. 5 on probe rows: attention that each token receives from them, [H, T] float32.
 
-    q [P, H, D] are the queries at `rows` [P]; k [T, G, D]. Exact causal softmax in float32, as many
-    rows at a time as fit SCORE_BYTES: O(P T) work, never a [T, T] tensor.
+    q [P, H, D] are the queries at `rows` [P]; k [T, G, D]. Exact causal softmax of float32 logits,
+    one key/value head and as many rows at a time as fit SCORE_BYTES: O(P T) work, never [T, T].
     """
     P, H, D = q.shape
     T, G = k.shape[:2]
     index = torch.arange(T, device=q.device)
-    columns = k.permute(1, 2, 0)  # [G, D, T]
-    mass = torch.zeros(H, T, dtype=torch.float32, device=q.device)
-    for block in torch.arange(P, device=q.device).split(max(1, SCORE_BYTES // (4 * H * T))):
-        scores = q[block].transpose(0, 1).reshape(G, -1, D) @ columns  # [G, H/G * b, T]
-        scores = scores.float().unflatten(1, (H // G, len(block))) / math.sqrt(D)  # [G, H/G, b, T]
-        future = index > rows[block, None]  # [b, T]
-        probs = scores.masked_fill_(future, -math.inf).softmax(dim=-1)
-        mass += probs.sum(2).flatten(0, 1)
-    return mass
+    mass = torch.zeros(G, H // G, T, dtype=torch.float32, device=q.device)
+    blocks = torch.arange(P, device=q.device).split(max(1, SCORE_BYTES // (4 * H // G * T)))
+    for g in range(G):
+        columns = k[:, g].float().T / math.sqrt(D)  # [D, T]
+        for block in blocks:
+            queries = q[block].unflatten(1, (G, -1))[:, g].transpose(0, 1).float()  # [H/G, b, D]
+            scores = (queries.flatten(0, 1) @ columns).unflatten(0, (-1, len(block)))
+            future = index > rows[block, None]  # [b, T]
+            mass[g] += scores.masked_fill_(future, -math.inf).softmax(dim=-1).sum(1)
+    return mass.flatten(0, 1)
 
 
 def count_seen(rows: Tensor, length: int) -> Tensor:
