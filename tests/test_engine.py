@@ -18,6 +18,7 @@ import zipvl
 from zipvl import MediaError, ModelError, OutOfMemory, UsageError
 from zipvl.engine.cache import LayerCache
 from zipvl.engine.engine import Engine
+from zipvl.model.vlm import VLM
 
 STAGES = {"video", "vision", "prefill", "decode"}
 
@@ -93,15 +94,21 @@ def test_result(engine: Engine, picture: Image.Image) -> None:
     assert out.text == engine.chat.decode(out.tokens)
 
 
-def test_greedy_follows_the_logits(engine: Engine, video: np.ndarray) -> None:
-    """generate's tokens are the arg max of `logits` over the prompt and the answer so far."""
-    inputs = engine.prepare("Describe the video.", video=video)
-    out = engine.generate(inputs, method="dense", max_new_tokens=6, ignore_eos=True)
+def test_steps_equal_one_forward(
+    engine: Engine, video: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's logits are those of one dense forward over the prompt and the answer so far."""
+    inputs, steps = engine.prepare("Describe the video.", video=video), []
+    logits = VLM.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(VLM, "logits", lambda *a: steps.append(logits(*a)) or steps[-1].clone())
+        out = engine.generate(inputs, method="dense", max_new_tokens=6, ignore_eos=True)
     longer = copy.copy(inputs)
     longer.input_ids = torch.cat([inputs.input_ids, torch.tensor(out.tokens)])
     longer.is_visual = torch.cat([inputs.is_visual, torch.zeros(6, dtype=torch.bool)])
-    logits = engine.logits(longer)[len(inputs) - 1 : -1, : engine.chat.vocab_size]
-    assert logits.argmax(-1).tolist() == out.tokens
+    whole = engine.logits(longer)[len(inputs) - 1 : -1]
+    torch.testing.assert_close(torch.cat(steps), whole, rtol=0, atol=1e-4)
+    assert whole[:, : engine.chat.vocab_size].argmax(-1).tolist() == out.tokens
 
 
 def test_prompt_direct_equals_prepared(
