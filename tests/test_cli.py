@@ -15,7 +15,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +56,14 @@ def files(oracle: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out.mux(stream.encode(None))
     Image.fromarray(colours[0]).save(home / "picture.png")
     return home
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_works() -> Iterator[None]:
+    """A suite started in the background by a shell ignores SIGINT, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Terminal(io.TextIOWrapper):
