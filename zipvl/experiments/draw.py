@@ -1,0 +1,52 @@
+"""Figures in one style: small PNG, axes with units, intervals as bars or bands."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import UsageError
+
+
+@contextmanager
+def panels(rows: int, columns: int, width: float = 5.2, height: float = 3.9) -> Iterator[tuple]:
+    """(figure, axes), closed afterwards; without matplotlib a UsageError says what to install."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("figures need matplotlib: pip install 'zipvl[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110,
+             "axes.spines.top": False, "axes.spines.right": False,
+             "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
+    with plt.rc_context(style):
+        fig, axes = plt.subplots(
+            rows, columns, figsize=(width * columns, height * rows), layout="constrained"
+        )
+        yield fig, axes
+        plt.close(fig)
+
+
+def spread(of: Sequence[dict[str, float]], scale: float = 1.0) -> tuple[list[float], list]:
+    """Values and the lengths of their error bars, below and above."""
+    values = [scale * v["value"] for v in of]
+    below = [max(0.0, y - scale * v["low"]) for y, v in zip(values, of, strict=True)]
+    above = [max(0.0, scale * v["high"] - y) for y, v in zip(values, of, strict=True)]
+    return values, [below, above]
+
+
+def curve(axes: Any, x: Sequence[float], y: Sequence[dict[str, float]], label: str,
+          scale: float = 1.0, **style: Any) -> None:  # fmt: skip
+    """Points in order of x with their intervals, joined."""
+    order = sorted(range(len(x)), key=lambda i: x[i])
+    values, bars = spread([y[i] for i in order], scale)
+    axes.errorbar([x[i] for i in order], values, yerr=bars, label=label, marker="o", ms=4,
+                  capsize=2, lw=1.4, elinewidth=0.8, **style)  # fmt: skip
+
+
+def points(axes: Any, named: Sequence[tuple[float, float, str]]) -> None:
+    """Single points with their names beside them."""
+    for x, y, name in named:
+        axes.plot([x], [y], "kx", ms=5)
+        axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)

@@ -1,0 +1,96 @@
+"""Items 6 and 9 on a real text decoder: loss against attention work, by what left-out tokens get.
+
+Text has no visual tokens, so `always=last` everywhere: with `always=text` nothing would be sparse.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from . import draw, stats
+from .job import Job, Record
+from .text import TAIL, records
+
+GRID = (0.9, 0.95, 0.975, 0.99)
+FILLS = {
+    "zipvl": "left out: nothing (paper)",
+    "zipvl+": "left out: nearest earlier output",
+    "own": "left out: own query on kept keys",
+}
+METHODS = [
+    "dense",
+    *(f"zipvl:always=last,tau={t}" for t in GRID),
+    *(f"zipvl+:always=last,tau={t}" for t in GRID),
+    *(f"zipvl:always=last,fill=own,tau={t}" for t in (0.8, *GRID[:3])),
+    "zipvl+:always=last,divisor=none,tau=0.95",
+    *(f"ideas.py:{name}:always=last,tau=0.95" for name in
+      ("ValueNorm", "HeadMax", "Pooled", "FirstDense", "KeepRecent", "FullCache", "CacheOnly")),
+]  # fmt: skip
+COLUMNS = {
+    "method": "method", "windows": "windows", "extra": "extra loss, nats (95 %)",
+    "kept": "kept share", "work": "attention work", "cached": "cached share",
+}  # fmt: skip
+
+
+def rows(found: list[Record]) -> list[Record]:
+    """One row a method: extra loss against dense on the same windows."""
+    by: dict[str, list[Record]] = {}
+    for r in found:
+        by.setdefault(r["method"], []).append(r)
+    dense = [r["loss"] for r in by["dense"]]
+    return [
+        {
+            "method": method,
+            "windows": len(some),
+            "loss": stats.mean([r["loss"] for r in some]),
+            "extra": stats.mean([r["loss"] - d for r, d in zip(some, dense, strict=True)]),
+            "kept": float(np.mean([r["ratios"] for r in some])),
+            "kept_per_layer": np.mean([r["ratios"] for r in some], axis=0).tolist(),
+            "work": float(np.mean([r["work"] for r in some])),
+            "cached": float(np.mean([r["cached"] for r in some])),
+        }
+        for method, some in by.items()
+    ]
+
+
+def family(method: str) -> str | None:
+    """Which curve a method belongs to; None for the single variants."""
+    if method.startswith("ideas.py") or "divisor" in method or method == "dense":
+        return None
+    return "own" if "fill=own" in method else method.split(":")[0]
+
+
+def figure(job: Job, table: list[Record]) -> None:
+    model = job.settings()["model"]
+    curves: dict[str, list[Record]] = {}
+    for row in table:
+        curves.setdefault(FILLS.get(family(row["method"]) or "", ""), []).append(row)
+    singles = [r for r in curves.pop("", []) if r["method"] != "dense"]
+    with draw.panels(1, 2) as (fig, (left, right)):
+        for name, some in curves.items():
+            draw.curve(left, [100 * r["work"] for r in some], [r["extra"] for r in some], name)
+        draw.points(left, [(100 * r["work"], r["extra"]["value"], short(r["method"]))
+                           for r in singles if "Cache" not in r["method"]])  # fmt: skip
+        left.set(xlabel="attention work, % of dense", ylabel="extra loss, nats a token (95 %)")
+        left.axhline(0, color="black", lw=0.8)
+        left.legend()
+        for row in table:
+            if family(row["method"]) == "zipvl+":
+                tau = row["method"].split("tau=")[1]
+                right.plot([100 * k for k in row["kept_per_layer"]], label=f"zipvl+, tau {tau}")
+        right.set(xlabel="layer", ylabel="tokens kept, %", ylim=(0, 102))
+        right.legend()
+        fig.suptitle(f"{model}: {table[0]['windows']} windows of {job.tokens} tokens of prompt, "
+                     f"loss on the {TAIL} after it")  # fmt: skip
+        fig.savefig(job.out / "figure.png")
+
+
+def short(method: str) -> str:
+    return "divisor none" if "divisor" in method else method.split(":")[1]
+
+
+def run(job: Job) -> None:
+    methods: list[Any] = [*(job.methods or METHODS)]
+    table = rows(records(job, ["dense", *(m for m in methods if m != "dense")]))
+    job.finish(table, COLUMNS)
+    figure(job, table)
