@@ -16,7 +16,7 @@ from pathlib import Path
 
 from zipvl.benchmark.benches import bench_decode, bench_linear, bench_prefill
 from zipvl.benchmark.model import DTYPES, SHAPES, Model
-from zipvl.benchmark.timing import machine, spread
+from zipvl.benchmark.timing import CLOCKS, machine, spread
 from zipvl.engine.stats import peak_memory
 
 BENCHES = {"prefill": bench_prefill, "decode": bench_decode, "linear": bench_linear}
@@ -43,6 +43,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--attn", default="auto")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: process time by thread, for shared CPUs",
+    )
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     model = Model(args.shape, args.device, DTYPES[args.dtype], args.attn, args.layers)

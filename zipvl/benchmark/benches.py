@@ -28,7 +28,7 @@ def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
         }
         if rival is not None:
             runs["transformers"] = partial(rival_prefill, rival, ids)
-        seconds = interleaved(model.device, runs, args.repeats)
+        seconds = interleaved(model.device, args.clock, runs, args.repeats)
         for name, values in seconds.items():
             details = prefill_details(last[name], values[-1]) if name in last else {}
             rows.append({
@@ -65,7 +65,7 @@ def prefill_details(out: Prefilled, total: float) -> Row:
 def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
     """Seconds a step of `--new` greedy steps over caches of random keys and values."""
     rival, rows = build_rival(model) if args.rival else None, []
-    bandwidth = read_bandwidth(model.device)
+    bandwidth = read_bandwidth(model.device, args.clock)
     c = model.config
     slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
     for tokens in args.tokens:
@@ -78,7 +78,7 @@ def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
             }
             if rival is not None:
                 runs["transformers"] = partial(rival_steps, model, rival, ids, tokens, args.new)
-            seconds = interleaved(model.device, runs, args.repeats)
+            seconds = interleaved(model.device, args.clock, runs, args.repeats)
             for name, values in seconds.items():
                 step = statistics.median(values) / args.new
                 moved = model.weight_bytes + batch * kept.get(name, tokens) * slot
@@ -127,7 +127,7 @@ def bench_linear(model: Model, args: argparse.Namespace) -> list[Row]:
         runs: dict[str, Factory] = {
             name: partial(every_product, form, weights, xs) for name, form in forms.items()
         }
-        seconds = interleaved(model.device, runs, args.repeats)
+        seconds = interleaved(model.device, args.clock, runs, args.repeats)
         rows += [
             {"bench": "linear", "rows": count, "run": name, "seconds": values,
              "bytes_per_second": moved / min(values), **ratios(seconds, name)}

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TextConfig
@@ -19,7 +18,7 @@ from ..engine.stats import Clock, LayerStats
 from ..policy import Policy
 from .attention import Attention, Pack
 from .kernels import Attend, attend_sdpa
-from .linear import Linear
+from .linear import Linear, gated
 from .tokens import join
 
 
@@ -46,7 +45,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
