@@ -26,7 +26,7 @@ from .options import fit, parse
 METHODS = {
     "dense": "zipvl.policies.dense:Dense",
     "zipvl": "zipvl.policies.zipvl:ZipVL",
-    "zipvl+": "zipvl.policies.zipvl:ZipVLPlus",
+    "zipvl+": "zipvl.policies.zipvl_plus:ZipVLPlus",
     "fixed": "zipvl.policies.fixed:Fixed",
     "random": "zipvl.policies.random:Random",
     "fastv": "zipvl.policies.fastv:FastV",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Plan, Policy, View
-from .zipvl import check
+from .selection import check
 
 VARIANTS = ("drop", "mask")
 

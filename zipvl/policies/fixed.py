@@ -10,7 +10,8 @@ from torch import Tensor, inf
 
 from ..engine.storage import KVBits
 from ..policy import View
-from .zipvl import ZipVL, check
+from .selection import Selection, check
+from .zipvl import ZipVL
 
 
 class Fixed(ZipVL):
@@ -20,9 +21,8 @@ class Fixed(ZipVL):
                  divisor: str = "probes", fill: str = "zero", seed: int = 0,
                  kv_bits: KVBits = None, interval: int = 100):  # fmt: skip
         check(0 < ratio <= 1, f"ratio is {ratio}: give the share to keep, above 0 and up to 1")
-        super().__init__(1.0, recent, random, always, divisor, fill, seed, kv_bits, interval)
-        self.ratio = ratio
-        del self.tau  # no part of this method
+        self.ratio = ratio  # in place of tau
+        Selection.__init__(self, recent, random, always, divisor, fill, seed, kv_bits, interval)
 
     def keeps_all(self) -> bool:
         return self.ratio >= 1

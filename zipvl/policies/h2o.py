@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..policy import Plan, Policy, View
-from .zipvl import check
+from .selection import check
 
 
 class H2O(Policy):

@@ -10,7 +10,7 @@ Deviation: a group of equal numbers comes back as it was (their code divides by 
 
 from ..engine.storage import Storage, as_bits, kivi
 from ..policy import Policy
-from .zipvl import check
+from .selection import check
 
 
 class KIVI(Policy):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Plan, Policy, View
-from .zipvl import check
+from .selection import check
 
 
 class StreamingLLM(Policy):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..engine.storage import KVBits, Storage, as_bits, zipcache
 from ..policy import Plan, Policy, View
-from .zipvl import check
+from .selection import check
 
 
 class ZipCache(Policy):

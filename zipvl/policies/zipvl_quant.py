@@ -11,7 +11,8 @@ Where the paper is silent:
 """
 
 from ..engine.storage import KVBits
-from .zipvl import ZipVL, check
+from .selection import check
+from .zipvl import ZipVL
 
 
 class ZipVLQuant(ZipVL):
