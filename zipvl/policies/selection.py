@@ -1,14 +1,14 @@
 """What methods that rank tokens by probe rows share: probes, the always-kept set, how to store.
 
-  recent, random  probe rows: the most recent ones, and others drawn afresh in every layer, without
-                  replacement, by `seed`
-  always          text keeps the prompt's text tokens in every layer (a token left out attends to
-                  nothing there, and the question must); last keeps the last token; none neither
-  divisor         what a token's mass is divided by: the probe rows that see it (`probes`), all rows
-                  that see it (`all`, n - j, as the authors' ZipCache code does), or 1 (`none`)
-  fill            what left-out tokens receive (policy.py, Plan)
-  kv_bits         4: what is kept is stored at 4 bits; 4/2: nothing is dropped, kept tokens are
-                  stored at 4 bits, others at 2; `interval` new tokens are quantised at a time
+recent, random  probe rows: the most recent ones, and others drawn afresh in every layer, without
+                replacement, by `seed`
+always          text keeps the prompt's text tokens in every layer (a token left out attends to
+                nothing there, and the question must); last keeps the last token; none neither
+divisor         what a token's mass is divided by: the probe rows that see it (`probes`), all rows
+                that see it (`all`, n - j, as the authors' ZipCache code does), or 1 (`none`)
+fill            what left-out tokens receive (policy.py, Plan)
+kv_bits         4: what is kept is stored at 4 bits; 4/2: nothing is dropped, kept tokens are
+                stored at 4 bits, others at 2; `interval` new tokens are quantised at a time
 """
 
 import torch
