@@ -16,8 +16,10 @@ from zipvl.errors import UsageError
 from zipvl.model.decoder import Decoder
 from zipvl.model.kernels import attend_sdpa
 from zipvl.model.pack import Pack
+from zipvl.model.tokens import precise_slots
+from zipvl.policies.zipcache import ZipCache
 from zipvl.policies.zipvl_quant import ZipVLQuant
-from zipvl.policy import METHODS, load_policy
+from zipvl.policy import METHODS, Plan, View, load_policy
 from zipvl.testing.toy import Toy
 
 FAMILIES = ["llava", "llava_next", "llava_next_mistral", "llava_next_video", "llava_onevision",
@@ -304,7 +306,7 @@ def test_eight_bits_answer_as_full_precision(oracle: Callable, kind: str) -> Non
             got = model.logits(forced(model.text, x, load_policy(method), new))
             chosen, best = got.argmax(1), want.max(1).values
             margin = (best - want.gather(1, chosen[:, None])[:, 0]) / want.std(1)
-            assert margin.max() < 0.05
+            assert margin.max() < 0.15
             assert (margin == 0).sum() >= 58
             assert ((got - want).norm(dim=1) / want.norm(dim=1)).mean() < 0.02
 
@@ -372,17 +374,71 @@ def test_new_tokens_are_sorted_by_the_newest_query() -> None:
     toy, seen = Toy.build(4, 2, seed=6), []
 
     class Spy(ZipVLQuant):
+        watch_decode = True
+
         def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
-            seen.append((layer, mass.clone()))
+            seen.append(layer)
+            torch.testing.assert_close(mass.unflatten(0, (2, -1)).mean(1), state[layer][:, -3:])
             chosen = super().precise(layer, mass, state)
             total, order = mass.mean(0), mass.mean(0).sort(descending=True)
             p = next(i for i in range(1, 4) if order.values[:i].sum() >= 0.7 * total.sum() - 1e-7)
             assert chosen.tolist() == sorted(order.indices[:p].tolist())
             return chosen
 
+        def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> None:
+            state[layer] = probs  # [G, slots] of this step
+
     toy.run(Spy(tau=0.7, interval=3), [toy.prompt(20)])
-    assert [layer for layer, _ in seen] == [0, 1, 2]
-    assert all(mass.shape == (4, 3) and (mass.sum(1) < 1).all() for _, mass in seen)
+    assert seen == [0, 1, 2]
+
+
+def test_plans_are_those_of_the_dropping_methods() -> None:
+    """v1 stores at more bits what v2 keeps, attends among the same, and drops nothing."""
+    toy = Toy.build(4, 2, seed=7)
+    for name in ("zipvl", "fixed"):
+        drop, mixed, few = (
+            toy.run(load_policy(name, kv_bits=bits), [toy.prompt(200)]) for bits in (None, "4/2", 2)
+        )
+        assert drop.prefilled == few.prefilled
+        assert mixed.prefilled == [[200]] * 3
+        assert few.bytes < drop.bytes
+        one, other = drop.seen.plans[0], mixed.seen.plans[0]
+        assert torch.equal(one.attend, other.attend)
+        assert torch.equal(one.attend, other.precise)
+        assert one.precise is other.cache is None
+        for cache, plan in zip(mixed.caches, mixed.seen.plans, strict=True):
+            parts = cache.stored[0].keys.parts
+            assert [(p.bits, len(p)) for p in parts] == [
+                (4, len(plan.precise)), (2, 200 - len(plan.precise)),
+            ]  # fmt: skip
+
+
+def test_zipcache_takes_its_share_by_normalised_scores() -> None:
+    toy, plans = Toy.build(4, 2, seed=7), []
+
+    class Spy(ZipCache):
+        def plan(self, view: View) -> Plan:
+            plans.append(super().plan(view))
+            rows = self.probe(view).tolist()
+            assert rows == sorted(set(rows))
+            assert set(range(190, 200)) <= set(rows)
+            assert len(rows) == 20
+            score = [float(view.mass[:, j].mean()) / sum(i >= j for i in rows) for j in range(200)]
+            best = sorted(range(200), key=lambda j: -score[j])[:60]
+            assert plans[-1].precise.tolist() == sorted(best)
+            return plans[-1]
+
+    toy.run(Spy(ratio=0.3), [toy.prompt(200)])
+    assert len(plans) == 3
+
+
+def test_precise_tokens_are_found_among_the_cached_ones() -> None:
+    cached, precise = torch.tensor([1, 4, 6, 9]), torch.tensor([4, 9])
+    assert precise_slots(Plan(cache=cached, precise=precise)).tolist() == [1, 3]
+    assert precise_slots(Plan(precise=precise)).tolist() == [4, 9]
+    assert precise_slots(Plan(cache=cached)) is None
+    with pytest.raises(UsageError, match="all heads share"):
+        precise_slots(Plan(cache=cached.expand(2, -1), precise=precise))
 
 
 # --- options

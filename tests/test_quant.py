@@ -46,12 +46,13 @@ def plain(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
-def draw(n: int, G: int, D: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def draw(n: int, G: int, D: int, seed: int, dtype: torch.dtype = torch.float32,
+         offset: float = 3) -> Tensor:  # fmt: skip
     """Channels of very different size and offset, as keys have them."""
     chance = torch.Generator().manual_seed(seed)
     x = torch.randn(n, G, D, generator=chance)
     x *= 10 ** torch.empty(G, D).uniform_(-2, 2, generator=chance)
-    return (x + torch.randn(G, D, generator=chance) * 3).to(dtype)
+    return (x + torch.randn(G, D, generator=chance) * offset).to(dtype)
 
 
 def quantised(x: Tensor, bits: int, scheme: Scheme) -> Packed:
@@ -150,12 +151,13 @@ def test_quantisers_are_the_published_ones(
 @given(
     st.sampled_from(BITS), st.sampled_from(sorted(SCHEMES)), st.integers(1, 60),
     st.integers(1, 3), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0, 3, 300]),
     st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_every_element_is_within_half_a_step(
-    bits: int, name: str, n: int, G: int, D: int, dtype: torch.dtype, seed: int
+    bits: int, name: str, n: int, G: int, D: int, dtype: torch.dtype, offset: float, seed: int
 ) -> None:
-    x, scheme = draw(n, G, D, seed, dtype), SCHEMES[name]
+    x, scheme = draw(n, G, D, seed, dtype, offset), SCHEMES[name]
     packed = quantised(x, bits, scheme)
     half = packed.spread(packed.step, slice(0, n)).expand(n, G, D).double() / 2
     if packed.scale is not None:
