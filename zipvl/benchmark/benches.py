@@ -30,7 +30,7 @@ def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
             runs["transformers"] = partial(rival_prefill, rival, ids)
         seconds = interleaved(model.device, args.clock, runs, args.repeats)
         for name, values in seconds.items():
-            details = prefill_details(last[name], values[-1]) if name in last else {}
+            details = prefill_details(last[name]) if name in last else {}
             rows.append({
                 "bench": "prefill", "tokens": tokens, "batch": 1, "run": name, "seconds": values,
                 "tokens_per_second": tokens / statistics.median(values),
@@ -46,15 +46,16 @@ def our_prefill(model: Model, ids: Tensor, method: str, last: dict) -> Callable[
     return work
 
 
-def prefill_details(out: Prefilled, total: float) -> Row:
+def prefill_details(out: Prefilled) -> Row:
     """Shares of the last run by stage, kept ratio, attention work, bytes of the cache."""
     stages: dict[str, float] = {}
     for layer in out.layers:
         for stage, value in layer.seconds.items():
-            stages[stage] = stages.get(stage, 0.0) + value / total
+            stages[stage] = stages.get(stage, 0.0) + value
+    total = sum(stages.values())
     tokens = out.layers[0].tokens[0]
     return {
-        "share": stages,
+        "share": {stage: value / total for stage, value in stages.items()},
         "ratio": statistics.mean(layer.ratio for layer in out.layers),
         "work": statistics.mean(layer.pairs[0] / tokens**2 for layer in out.layers),
         "kv_bytes": sum(cache.nbytes for cache in out.caches),

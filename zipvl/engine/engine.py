@@ -38,7 +38,7 @@ from .run import Result, Run
 from .sampler import Sampling
 from .stats import Clock
 
-CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of MLP and norms at a time
+CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from ..policy import Plan, Policy, View
 from .kernels import Attend, Spans, attend_kept, attend_row
 from .linear import Linear
 from .pack import Pack
-from .rope import rotate
+from .rope import project
 from .scores import count_seen, probe_mass
 from .tokens import compact, join, lookup, needed, spread
 
@@ -52,13 +52,11 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, pack: Pack, rows: Tensor | slice) -> Tensor:
         """Rotated queries [rows, H, D] of x [sum T, C]."""
-        q = self.q_proj(x[rows]).unflatten(-1, (-1, self.config.head_dim))
-        return rotate(q, pack.cos[rows], pack.sin[rows])
+        return project(self.q_proj, x[rows], pack.cos[rows], pack.sin[rows], pack.chunk)
 
     def keys(self, x: Tensor, pack: Pack) -> Tensor:
         """Rotated keys [sum T, G, D]."""
-        k = self.k_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        return rotate(k, pack.cos, pack.sin)
+        return project(self.k_proj, x, pack.cos, pack.sin, pack.chunk)
 
     def values(self, x: Tensor, pack: Pack, needs: list[Tensor | None]) -> tuple[Tensor, Spans]:
         """Values of the `needs` tokens of each sequence, [sum needed, G, D], and their spans."""

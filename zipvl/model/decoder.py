@@ -6,7 +6,7 @@ Mirrors transformers' models/{llama,mistral,qwen2}/modeling_*.py; parameter name
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -103,9 +103,10 @@ class Decoder(nn.Module):
     ) -> Prefilled:
         """All layers over packed embeddings x [sum T, C].
 
-        `room`: new tokens each cache must hold, None for no caches. `chunk`: rows of the MLP and
-        the norms at a time, so that temporaries do not grow with T; None computes all at once.
+        `room`: new tokens each cache must hold, None for no caches. `chunk`: rows of projections,
+        MLP and norms at a time, so that temporaries do not grow with T; None: all at once.
         """
+        pack = replace(pack, chunk=chunk)
         caches, layers, clock = [], [], Clock(x.device)
         for block in self.blocks():
             with clock("rest"):

@@ -22,6 +22,7 @@ class Pack:
     sin: Tensor
     state: list[dict]  # a policy's own notes, one dict a sequence
     scratch: Scratch  # shared by the caches of all layers
+    chunk: int | None = None  # rows at a time where temporaries would grow with T; None: all
 
     @classmethod
     def build(cls, lengths: list[int], positions: Tensor, is_visual: Tensor, config: TextConfig,

@@ -5,7 +5,7 @@ after tokens were dropped the two differ, and every later token would be turned 
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TextConfig
 
@@ -24,3 +24,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) of x [T, heads, D] by its position's angle."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def project(linear: nn.Linear, x: Tensor, cos: Tensor, sin: Tensor, chunk: int | None) -> Tensor:
+    """x [n, C] through `linear`, turned: [n, heads, D]; `chunk` rows at a time, None for all."""
+    D = 2 * cos.shape[-1]
+    if chunk is None or len(x) <= chunk:
+        return rotate(linear(x).unflatten(-1, (-1, D)), cos, sin)
+    out = x.new_empty(len(x), linear.out_features // D, D)
+    for into, *part in zip(*(t.split(chunk) for t in (out, x, cos, sin)), strict=True):
+        into.copy_(project(linear, *part, None))
+    return out
