@@ -170,6 +170,17 @@ def test_every_element_is_within_half_a_step(
     assert packed.codes.nbytes == n * G * math.ceil(D * bits / 8)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_nothing_is_clipped_where_bfloat16_is_coarse(name: str, sign: int) -> None:
+    """Far from zero a minimum between two bfloat16 numbers must go down, or the least are cut."""
+    x = (sign * (50 + torch.randn(30, 2, 40))).bfloat16()
+    packed = quantised(x, 8, SCHEMES[name])
+    scale = torch.ones(2, 40) if packed.scale is None else packed.scale.float()
+    half = packed.spread(packed.step, slice(0, 30)) * scale / 2
+    assert ((plain(packed) - x.float()).abs() <= half * 1.001 + 1e-4).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("bits", BITS)
