@@ -2,6 +2,7 @@
 
     python bench.py prefill --tokens 2048,8192 --methods dense,fixed:ratio=0.3 --rival
     python bench.py decode  --tokens 2048,8192 --batch 1,8 --ratios 1,0.3 --rival
+    python bench.py projections --tokens 8192 --ratios 1,0.3
     python bench.py linear
 
 Weights are random, in the shape of a real model, so speed is real and answers are not. Every figure
@@ -14,12 +15,22 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from zipvl.benchmark.benches import bench_decode, bench_linear, bench_prefill
+from zipvl.benchmark.benches import (
+    bench_decode,
+    bench_linear,
+    bench_prefill,
+    bench_projections,
+)
 from zipvl.benchmark.model import DTYPES, SHAPES, Model
 from zipvl.benchmark.timing import CLOCKS, machine, spread
 from zipvl.engine.stats import peak_memory
 
-BENCHES = {"prefill": bench_prefill, "decode": bench_decode, "linear": bench_linear}
+BENCHES = {
+    "prefill": bench_prefill,
+    "decode": bench_decode,
+    "projections": bench_projections,
+    "linear": bench_linear,
+}
 
 
 def numbers(kind: type) -> Callable[[str], list]:
@@ -30,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("bench", choices=("prefill", "decode", "linear"))
+    parser.add_argument("bench", choices=BENCHES)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--tokens", type=numbers(int), default=[2048])
@@ -52,8 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     model = Model(args.shape, args.device, DTYPES[args.dtype], args.attn, args.layers)
-    benches = {"prefill": bench_prefill, "decode": bench_decode, "linear": bench_linear}
-    rows = benches[args.bench](model, args)
+    rows = BENCHES[args.bench](model, args)
     for row in rows:
         print(line(row))
     report = {"machine": machine(args), "shape": args.shape, "layers": model.config.num_layers,

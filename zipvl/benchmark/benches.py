@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.attention import Attention
 from ..model.decoder import Prefilled
+from ..model.pack import Pack
 from ..policy import load_policy
 from .model import Model
 from .rival import build_rival, rival_prefill, rival_steps
@@ -139,3 +141,36 @@ def bench_linear(model: Model, args: argparse.Namespace) -> list[Row]:
 
 def every_product(form: Callable, weights: list[Tensor], xs: dict[int, Tensor]) -> Callable:
     return lambda: [form(w, xs[w.shape[1]]) for w in weights]
+
+
+@torch.inference_mode()
+def bench_projections(model: Model, args: argparse.Namespace) -> list[Row]:
+    """One layer's query, value and output projections for all tokens, and for kept ones only."""
+    layer = next(model.decoder.blocks()).self_attn
+    rows = []
+    for tokens in args.tokens:
+        x = torch.randn(tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        pack = model.pack(tokens)
+        kept = {f"ratio {r:g}": int(tokens * r) for r in args.ratios}
+        runs: dict[str, Factory] = {
+            name: partial(
+                some_projections, layer, x, pack, torch.randperm(tokens)[:count].sort()[0]
+            )
+            for name, count in kept.items()
+        }
+        seconds = interleaved(model.device, args.clock, runs, args.repeats)
+        rows += [
+            {"bench": "projections", "tokens": tokens, "batch": 1, "run": name, "seconds": values,
+             **ratios(seconds, name)}
+            for name, values in seconds.items()
+        ]  # fmt: skip
+    return rows
+
+
+def some_projections(layer: Attention, x: Tensor, pack: Pack, rows: Tensor) -> Callable:
+    def work() -> None:
+        q = layer.queries(x, pack, rows)
+        layer.values(x, pack, [rows])
+        layer.o_proj(q.flatten(1))
+
+    return work

@@ -45,11 +45,15 @@ class Model:
     def weight_bytes(self) -> int:
         return sum(p.nbytes for p in self.decoder.parameters())
 
+    def pack(self, tokens: int) -> Pack:
+        """One sequence of `tokens`, all visual but the question at the end."""
+        positions = torch.arange(tokens, device=self.device)
+        visual = positions < tokens - QUESTION
+        return Pack.build([tokens], positions, visual, self.config, self.dtype)
+
     def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Prefilled]:
         """Logits of the last token, and what the prefill left."""
-        positions = torch.arange(len(ids), device=self.device)
-        visual = positions < len(ids) - QUESTION
-        pack = Pack.build([len(ids)], positions, visual, self.config, self.dtype)
+        pack = self.pack(len(ids))
         x = self.decoder.embed_tokens(ids)
         chunk = 1024 if self.device.type == "cpu" else 8192
         out = self.decoder.prefill(x, pack, load_policy(method), self.attend, room, chunk)
