@@ -285,6 +285,9 @@ def test_usage_errors_need_no_torch() -> None:
         (["--method", "streaming", "--keep-ratio", "0.5"], "no option 'ratio'"),
         (["--keep-ratio", "0.5"], "'zipvl' has no option 'ratio'"),
         (["--method", "random", "--probe", "4+4"], "no option 'random'"),
+        (["--kv-bits", "2,4"], "kv_bits is '2,4': give 2, 4 or 8"),
+        (["--kv-bits", ""], "kv_bits is ''"),
+        (["--method", "h2o", "--kv-bits", "4"], "no option 'kv_bits'"),
         (["--tau", "0"], "tau is 0.0"),
         (["--tau", "nan"], "tau is nan"),
         (["--probe", "0+0"], "must be 1 probe or more"),
@@ -313,6 +316,9 @@ def test_options_with_sense(cli: Cli) -> None:
         (["--tau", "0.9", "--probe", "8+4"], "ZipVL(tau=0.9, recent=8, random=4"),
         (["--method", "zipvl:tau=0.5", "--tau", "0.75"], "ZipVL(tau=0.75"),
         (["--method", "random", "--keep-ratio", "0.5"], "Random("),
+        (["--kv-bits", "4,2"], "kv_bits=(4, 2)"),
+        (["--kv-bits", "8"], "kv_bits=(8,)"),
+        (["--method", "kivi", "--kv-bits", "4"], "KIVI(kv_bits=4"),
         (["--dense"], "Dense()"),
     ):
         code, _, err = cli.ask(*args)

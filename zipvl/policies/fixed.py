@@ -4,6 +4,7 @@ Every layer keeps the same share of the prompt; probes, scores and what happens 
 are those of `zipvl`. Where the paper is silent:
   count   `ratio` is the share kept in all, the `always` set included, so that a ratio measured with
           `zipvl` can be given here; where that set alone is larger, it is what is kept
+`ratio=0.7,kv_bits=4/2` is the paper's ablation of its cache, ZipCache with a hand-set ratio.
 """
 
 from torch import Tensor, inf
