@@ -1,1 +1,1 @@
-"""The paper's claims as commands: `python -m zipvl.experiments NAME`; pages: docs/experiments.md."""
+"""The paper's claims as commands, `python -m zipvl.experiments NAME`; see docs/experiments.md."""

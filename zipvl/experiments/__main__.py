@@ -15,6 +15,16 @@ from ..eval import split_methods
 from .job import Job, policy
 
 NAMES = {
+    "tau": "accuracy and kept share against tau",
+    "fixed": "a fixed ratio against the adaptive one",
+    "layers": "kept tokens by layer and question; correlation with difficulty",
+    "methods": "every method: accuracy against attention work and cache bytes",
+    "always": "tokens that always stay; dropped queries or dropped keys?",
+    "fill": "what left-out tokens receive, and other cheap changes, on visual tokens",
+    "probes": "which probe rows find what all rows find, and what they answer",
+    "niah": "one frame in a long video, against length",
+    "text_probes": "probe rows on a text decoder, against length",
+    "mlp": "tokens left out of attention skip the MLP, too (text decoder)",
     "text_tau": "loss of a text decoder against tau and attention work; what left-out tokens get",
 }
 
@@ -35,9 +45,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--method", help="methods instead of the experiment's own, comma between")
     add("--frames", default="16,64", help="frames of a clip, comma between (default: %(default)s)")
-    add("--tokens", type=int, default=1024, help="prompt of a text window (default: %(default)s)")
+    add("--tokens", default="1024", help="prompt of a text window (default: %(default)s)")
     add("--device", default="auto")
     return parser.parse_args(argv)
+
+
+def whole(option: str, text: str) -> tuple[int, ...]:
+    """`16,64` as numbers of 1 or more. Raises UsageError."""
+    if not all(n.isdecimal() and int(n) > 0 for n in text.split(",")):
+        raise UsageError(f"{option} {text!r}: give whole numbers above 0, as in 16,64")
+    return tuple(map(int, text.split(",")))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,15 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         methods = split_methods(args.method) if args.method else []
         for method in methods:
             policy(method)
-        try:
-            frames = tuple(int(n) for n in args.frames.split(","))
-        except ValueError:
-            raise UsageError(f"--frames {args.frames!r}: give whole numbers, as in 16,64") from None
-        if min(args.samples, args.tokens, *frames) < 1:
-            raise UsageError("--samples, --tokens and --frames must be 1 or more")
+        frames, tokens = whole("--frames", args.frames), whole("--tokens", args.tokens)
+        if args.samples < 1:
+            raise UsageError(f"--samples is {args.samples}: give 1 or more")
         out = args.out or Path("results") / args.name
         job = Job(args.name, out, args.model, args.samples, args.seed, tuple(methods), frames,
-                  args.tokens, args.device)  # fmt: skip
+                  tokens, args.device)  # fmt: skip
         import_module(f".{args.name}", __package__).run(job)
     except ZipvlError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -17,7 +17,7 @@ def panels(rows: int, columns: int, width: float = 5.2, height: float = 3.9) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110,
+    style: Any = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 110,
              "axes.spines.top": False, "axes.spines.right": False,
              "legend.frameon": False, "legend.fontsize": 8}  # fmt: skip
     with plt.rc_context(style):
@@ -45,8 +45,11 @@ def curve(axes: Any, x: Sequence[float], y: Sequence[dict[str, float]], label: s
                   capsize=2, lw=1.4, elinewidth=0.8, **style)  # fmt: skip
 
 
-def points(axes: Any, named: Sequence[tuple[float, float, str]]) -> None:
-    """Single points with their names beside them."""
-    for x, y, name in named:
-        axes.plot([x], [y], "kx", ms=5)
-        axes.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+def bars(axes: Any, table: Sequence[dict[str, Any]], measure: str, label: str,
+         scale: float = 100.0) -> None:  # fmt: skip
+    """One measure of every row, named by its `choice`, with intervals, downwards."""
+    values, bar = spread([r[measure] for r in table], scale)
+    place = [-i for i in range(len(table))]
+    axes.barh(place, values, xerr=bar, capsize=2, color="C0", alpha=0.75, height=0.65)
+    axes.set_yticks(place, [r["choice"].split(": ")[-1] for r in table])
+    axes.set(xlabel=label)

@@ -5,12 +5,14 @@
 Each class changes one thing. `fill=zero` gives the same change of the paper's method.
 """
 
+import math
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zipvl.policies.fixed import Fixed
 from zipvl.policies.zipvl import ZipVL
 from zipvl.policy import Plan, View
 
@@ -87,6 +89,15 @@ class QuestionProbes(Idea):
         return torch.arange(int(visual[-1]) + 1, view.length)
 
 
+class SqrtProbes(Idea):
+    """As many probe rows as 128 at 1,024 tokens, growing with the square root of the prompt."""
+
+    def probe(self, view: View) -> Tensor | None:
+        half = max(1, round(64 * math.sqrt(view.length / 1024)))
+        rows = Idea(self.tau, recent=half, random=half)
+        return rows.probe(view)
+
+
 class FullCache(Idea):
     """Attention is sparse, but no token leaves the cache."""
 
@@ -99,3 +110,15 @@ class CacheOnly(Idea):
 
     def plan(self, view: View) -> Plan:
         return replace(super().plan(view), attend=None)
+
+
+class Profile(Fixed):
+    """A fixed ratio for each layer, `ratios` with slashes: adaptive to layers, not to prompts."""
+
+    def __init__(self, ratios: str = "0.4", always: str = "text", fill: str = "zero"):
+        self.ratios, self.kept = ratios, [float(r) for r in str(ratios).split("/")]
+        super().__init__(sum(self.kept) / len(self.kept), always=always, fill=fill)
+
+    def plan(self, view: View) -> Plan:
+        ratio = self.kept[view.layer]
+        return Fixed(ratio, always=self.always, divisor=self.divisor, fill=self.fill).plan(view)

@@ -45,7 +45,7 @@ class Job:
     seed: int = 0
     methods: tuple[str, ...] = ()  # instead of the experiment's own
     frames: tuple[int, ...] = (16, 64)
-    tokens: int = 1024  # prompt length of text experiments
+    tokens: tuple[int, ...] = (1024,)  # prompt lengths of text experiments
     device: str = "auto"
     began: float = field(default_factory=time.time)
     loaded: list[Engine] = field(default_factory=list)
@@ -60,26 +60,30 @@ class Job:
         """What the records of a folder must have in common."""
         name = Path(self.model).name if self.model else "demo"
         return {"experiment": self.name, "model": name, "seed": self.seed,
-                "frames": list(self.frames), "tokens": self.tokens}  # fmt: skip
+                "frames": list(self.frames), "tokens": list(self.tokens)}  # fmt: skip
 
     def records(
         self,
         units: Iterable[str],
         methods: Iterable[str],
-        prepare: Callable[[str], Any],
-        measure: Callable[[Any, str], Record],
+        prepare: Callable[[list[str]], Any],
+        measure: Callable[[Any, str], list[Record]],
+        chunk: int = 1,
     ) -> list[Record]:
-        """A record for every unit and method, those in OUT first; `prepare` makes a unit ready."""
+        """A record for every unit and method, those in OUT first; `prepare` makes `chunk` units
+        ready, `measure` gives a record for each of them."""
         path, methods, units = self.out / "records.jsonl", list(methods), list(units)
         done = {(r["unit"], r["method"]): r for r in self.earlier(path)}
+        chunks = [units[i : i + chunk] for i in range(0, len(units), chunk)]
         with path.open("a", encoding="utf-8") as file:
-            for unit in tqdm(units, desc=self.name, disable=not sys.stderr.isatty()):
-                missing = [m for m in methods if (unit, m) not in done]
-                ready = prepare(unit) if missing else None
+            for some in tqdm(chunks, desc=self.name, disable=not sys.stderr.isatty()):
+                missing = [m for m in methods if any((u, m) not in done for u in some)]
+                ready = prepare(some) if missing else None
                 for method in missing:
-                    record = {"unit": unit, "method": method} | measure(ready, method)
-                    done[unit, method] = record = rounded(record)
-                    file.write(json.dumps(record) + "\n")
+                    for unit, found in zip(some, measure(ready, method), strict=True):
+                        record = rounded({"unit": unit, "method": method} | found)
+                        done[unit, method] = record
+                        file.write(json.dumps(record) + "\n")
                     file.flush()
         return [done[u, m] for u in units for m in methods]
 
@@ -96,8 +100,14 @@ class Job:
             raise UsageError(f"{path} belongs to a run with other settings: give another --out")
         return rest
 
-    def finish(self, rows: list[Record], columns: dict[str, str], **more: Any) -> None:
-        """Writes result.json, table.md and run.json, and prints the table."""
+    def finish(
+        self,
+        rows: list[Record],
+        columns: dict[str, str],
+        timing: Record | None = None,
+        **more: Any,
+    ) -> None:
+        """Writes result.json, table.md and run.json (with `timing`), and prints the table."""
         result = {"settings": self.settings() | {"samples": self.samples}, "rows": rows} | more
         (self.out / "result.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
         text = table(rows, columns)
@@ -106,7 +116,7 @@ class Job:
         where = {"finished": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
                  "seconds": round(time.time() - self.began), "torch": torch.__version__,
                  "device": str(self.engine.model.device), "threads": torch.get_num_threads(),
-                 "processor": processor(), "cores": os.cpu_count()}  # fmt: skip
+                 "processor": processor(), "cores": os.cpu_count()} | (timing or {})  # fmt: skip
         (self.out / "run.json").write_text(json.dumps(where, indent=1) + "\n", encoding="utf-8")
 
 

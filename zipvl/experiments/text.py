@@ -75,18 +75,20 @@ def follow(engine: Engine, out: Prefilled, ids: Tensor, start: int) -> Tensor:
 
 def records(job: Job, methods: list[str]) -> list[Record]:
     """Loss, kept shares and work of every method on every window."""
-    some = windows(job.engine, job.tokens, job.samples, job.seed)
+    [tokens, *_] = job.tokens
+    some = windows(job.engine, tokens, job.samples, job.seed)
 
-    def measure(ids: Any, method: str) -> Record:
+    def measure(ids: Any, method: str) -> list[Record]:
         loss, out = continuation(job.engine, ids, policy(method))
-        rows = layer_rows(out.layers, 0, job.tokens)
+        rows = layer_rows(out.layers, 0, tokens)
         if not math.isfinite(loss):
             raise UsageError(f"method {method} gives a loss of {loss}")
-        return {
+        record = {
             "loss": loss,
             "ratios": [r["ratio"] for r in rows],
             "work": sum(r["work"] for r in rows) / len(rows),
-            "cached": sum(r["cached"] for r in rows) / len(rows) / job.tokens,
+            "cached": sum(r["cached"] for r in rows) / len(rows) / tokens,
         }
+        return [record]
 
-    return job.records(map(str, range(job.samples)), methods, lambda u: some[int(u)], measure)
+    return job.records(map(str, range(job.samples)), methods, lambda u: some[int(u[0])], measure)

@@ -17,6 +17,16 @@ FILLS = {
     "zipvl+": "left out: nearest earlier output",
     "own": "left out: own query on kept keys",
 }
+NAMED = {  # classes of ideas.py, as figures call them
+    "ValueNorm": "score x norm of value",
+    "HeadMax": "score: largest of any head",
+    "Pooled": "score pooled over 5 neighbours",
+    "FirstDense": "first 2 layers dense",
+    "KeepRecent": "last 64 and first 4 stay",
+    "QuestionProbes": "question tokens as probes",
+    "FullCache": "sparse attention, full cache",
+    "CacheOnly": "dense attention, small cache",
+}
 METHODS = [
     "dense",
     *(f"zipvl:always=last,tau={t}" for t in GRID),
@@ -28,6 +38,7 @@ METHODS = [
 ]  # fmt: skip
 COLUMNS = {
     "method": "method", "windows": "windows", "extra": "extra loss, nats (95 %)",
+    "change": "change from zipvl+ at this tau (95 %)",
     "kept": "kept share", "work": "attention work", "cached": "cached share",
 }  # fmt: skip
 
@@ -38,11 +49,13 @@ def rows(found: list[Record]) -> list[Record]:
     for r in found:
         by.setdefault(r["method"], []).append(r)
     dense = [r["loss"] for r in by["dense"]]
+    plus = {m: [r["loss"] for r in some] for m, some in by.items() if family(m) == "zipvl+"}
     return [
         {
             "method": method,
             "windows": len(some),
             "loss": stats.mean([r["loss"] for r in some]),
+            "change": against(some, plus.get(f"zipvl+:always=last,tau={tau(method)}")),
             "extra": stats.mean([r["loss"] - d for r, d in zip(some, dense, strict=True)]),
             "kept": float(np.mean([r["ratios"] for r in some])),
             "kept_per_layer": np.mean([r["ratios"] for r in some], axis=0).tolist(),
@@ -51,6 +64,16 @@ def rows(found: list[Record]) -> list[Record]:
         }
         for method, some in by.items()
     ]
+
+
+def against(some: list[Record], other: list[float] | None) -> dict[str, float] | None:
+    """Mean difference in loss from another method on the same windows."""
+    pairs = zip(some, other or [], strict=bool(other))
+    return stats.mean([r["loss"] - x for r, x in pairs]) if other else None
+
+
+def tau(method: str) -> str:
+    return method.partition("tau=")[2]
 
 
 def family(method: str) -> str | None:
@@ -62,31 +85,31 @@ def family(method: str) -> str | None:
 
 def figure(job: Job, table: list[Record]) -> None:
     model = job.settings()["model"]
-    curves: dict[str, list[Record]] = {}
-    for row in table:
-        curves.setdefault(FILLS.get(family(row["method"]) or "", ""), []).append(row)
-    singles = [r for r in curves.pop("", []) if r["method"] != "dense"]
-    with draw.panels(1, 2) as (fig, (left, right)):
-        for name, some in curves.items():
-            draw.curve(left, [100 * r["work"] for r in some], [r["extra"] for r in some], name)
-        draw.points(left, [(100 * r["work"], r["extra"]["value"], short(r["method"]))
-                           for r in singles if "Cache" not in r["method"]])  # fmt: skip
+    with draw.panels(1, 3, 4.5) as (fig, (left, middle, right)):
+        for name, what in FILLS.items():
+            some = [r for r in table if family(r["method"]) == name]
+            draw.curve(left, [100 * r["work"] for r in some], [r["extra"] for r in some], what)
         left.set(xlabel="attention work, % of dense", ylabel="extra loss, nats a token (95 %)")
-        left.axhline(0, color="black", lw=0.8)
+        left.set_ylim(0)
         left.legend()
+        singles = [r | {"choice": short(r["method"])} for r in table
+                   if family(r["method"]) is None and r["change"]]  # fmt: skip
+        draw.bars(middle, singles, "change", "loss less that of zipvl+ at this tau, nats (95 %)",
+                  1.0)  # fmt: skip
+        middle.axvline(0, color="black", lw=0.8)
         for row in table:
             if family(row["method"]) == "zipvl+":
-                tau = row["method"].split("tau=")[1]
-                right.plot([100 * k for k in row["kept_per_layer"]], label=f"zipvl+, tau {tau}")
+                label = f"zipvl+, tau {tau(row['method'])}"
+                right.plot([100 * k for k in row["kept_per_layer"]], label=label)
         right.set(xlabel="layer", ylabel="tokens kept, %", ylim=(0, 102))
         right.legend()
-        fig.suptitle(f"{model}: {table[0]['windows']} windows of {job.tokens} tokens of prompt, "
+        fig.suptitle(f"{model}: {table[0]['windows']} windows of {job.tokens[0]} tokens of prompt, "
                      f"loss on the {TAIL} after it")  # fmt: skip
         fig.savefig(job.out / "figure.png")
 
 
 def short(method: str) -> str:
-    return "divisor none" if "divisor" in method else method.split(":")[1]
+    return NAMED.get(method.split(":")[1]) or f"no divisor (Eq. 7 off), tau {tau(method)}"
 
 
 def run(job: Job) -> None:

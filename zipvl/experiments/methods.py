@@ -1,0 +1,60 @@
+"""Item 7: every method there is: accuracy against attention work, and against cache bytes."""
+
+from . import clips, draw
+from .job import Job, Record
+
+METHODS = (
+    *(f"{m}:tau={t}" for m in ("zipvl", "zipvl+") for t in (0.8, 0.9, 0.95, 0.975)),
+    *(f"fixed:ratio={r}" for r in (0.3, 0.45, 0.6)),
+    *(f"random:ratio={r}" for r in (0.3, 0.45, 0.6)),
+    *(f"fastv:ratio={r}" for r in (0.1, 0.25, 0.5)),
+    *(f"streaming:sinks=4,window={w}" for w in (60, 124, 188)),
+    *(f"h2o:heavy={b},recent={b}" for b in (32, 64, 96)),
+    *(f"snapkv:budget={b}" for b in (64, 128, 192)),
+    *(f"zipvl-quant:tau={t}" for t in (0.9, 0.975)),
+    "zipcache",
+    "kivi:kv_bits=4",
+    "kivi:kv_bits=2",
+)
+
+
+def family(row: Record) -> str:
+    return row["method"].split(":")[0]
+
+
+def frontier(table: list[Record], cost: str) -> list[Record]:
+    """Rows that no other row beats in cost without being less accurate, by cost."""
+    best, out = -1.0, []
+    for row in sorted(table, key=lambda r: (r[cost], -r["accuracy"]["value"])):
+        if row["accuracy"]["value"] > best:
+            best = row["accuracy"]["value"]
+            out.append(row)
+    return out
+
+
+def run(job: Job) -> None:
+    found = clips.records(job, job.methods or METHODS)
+    table = clips.rows(found)
+    fronts = {f"{n} frames, {cost}": [r["method"] for r in frontier(
+        [r for r in table if r["frames"] == n], cost)]
+        for n in job.frames for cost in ("work", "kv_bytes")}  # fmt: skip
+    job.finish(table, clips.COLUMNS, frontiers=fronts)
+    mine = [r for r in table if r["frames"] == job.frames[-1]]
+    dense = next(r for r in mine if r["method"] == "dense")
+    with draw.panels(1, 2, 5.6, 4.6) as (fig, (left, right)):
+        for axes, cost in ((left, "work"), (right, "kv_bytes")):
+            for i, name in enumerate(dict.fromkeys(map(family, mine))):
+                some = [r for r in mine if family(r) == name]
+                x = [100 * r[cost] / dense[cost] for r in some]
+                draw.curve(axes, x, [r["accuracy"] for r in some], name, 100, alpha=0.8,
+                           color=f"C{i % 10}", mfc="white" if i > 9 else None)  # fmt: skip
+            front = frontier(mine, cost)
+            axes.plot([100 * r[cost] / dense[cost] for r in front],
+                      [100 * r["accuracy"]["value"] for r in front], "k--", lw=0.8,
+                      label="best at its cost")  # fmt: skip
+            axes.set(ylabel=f"exact answers, % (95 %), {job.frames[-1]} frames", ylim=(0, 102))
+        left.set(xlabel="attention work of prefill, % of dense")
+        right.set(xlabel="cache bytes, % of dense")
+        right.legend(ncols=2, fontsize=7)
+        fig.suptitle(clips.title(job, "methods side by side"))
+        fig.savefig(job.out / "figure.png")
