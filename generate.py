@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         default="auto",
-        help="bfloat16, float32, float16 (default: bfloat16 on CUDA, else float32)",
+        help="bfloat16, float32, float16 (default: bfloat16 on CUDA and AMX CPUs, else float32)",
     )
     add("--attn", default="auto", help="auto, sdpa, torch-flash, flash-attn (default auto)")
     add = parser.add_argument_group("what to print").add_argument

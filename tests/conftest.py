@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,14 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32() -> Iterator[None]:
+    """Parity is proven in float32, also on CPUs where `--dtype auto` means bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zipvl.engine.load.has_matrix_units", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,9 @@ def load(
 ) -> Engine:
     """An Engine with the checkpoint `model` (folder or hub id; None: the bundled demo model).
 
-    `dtype` auto is bfloat16 on CUDA, float32 on CPU and MPS. `attn` forces an attention backend,
-    `template` a prompt template (a built-in name or a .jinja file). Raises ModelError, UsageError.
+    `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn` forces
+    an attention backend, `template` a prompt template (a built-in name or a .jinja file). Raises
+    ModelError, UsageError.
     """
     folder = hub.resolve(DEMO / "model" if model is None else model)
     config = read_config(folder)
@@ -55,9 +56,16 @@ def pick_device(device: str) -> torch.device:
         raise UsageError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
 
 
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX); elsewhere it is emulated."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        half = device.type == "cuda" or (device.type == "cpu" and has_matrix_units())
+        return torch.bfloat16 if half else torch.float32
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     names |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if dtype not in names:

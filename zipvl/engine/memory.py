@@ -9,7 +9,11 @@ import torch
 
 from ..errors import OutOfMemory
 
-CPU_REFUSAL = re.compile(r"not enough memory|can't allocate memory|DefaultCPUAllocator")
+REFUSAL = re.compile(
+    r"not enough memory|can't allocate memory|DefaultCPUAllocator|MPS backend out of memory"
+)
+    r"not enough memory|can't allocate memory|DefaultCPUAllocator|MPS backend out of memory"
+)
 
 
 @contextmanager
@@ -20,7 +24,7 @@ def memory_errors(device: torch.device, doing: str, advice: str) -> Iterator[Non
     except (torch.OutOfMemoryError, MemoryError) as e:
         refusal = str(e)
     except RuntimeError as e:
-        if not CPU_REFUSAL.search(str(e)):
+        if not REFUSAL.search(str(e)):
             raise
         refusal = str(e)
     else:

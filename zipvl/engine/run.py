@@ -13,7 +13,7 @@ from ..policy import Policy
 from .inputs import Inputs
 from .memory import memory_errors
 from .sampler import Sampling
-from .stats import Clock, LayerStats, Stats, layer_rows, peak_memory
+from .stats import Clock, LayerStats, Stats, layer_rows, peak_memory, restart_peak
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -47,6 +47,7 @@ class Run:
             raise UsageError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
         engine, model = self.engine, self.engine.model
         self.check_window(max_new_tokens)
+        restart_peak(model.device)
         clock, self.room = Clock(model.device), max_new_tokens
         out = engine.prefill(self.inputs, self.policy, max_new_tokens, self.seconds)
         self.layers, caches = out.layers, out.caches

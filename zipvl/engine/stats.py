@@ -137,6 +137,12 @@ def layer_rows(layers: list[LayerStats], sequence: int, prompt: int) -> list[dic
     ]
 
 
+def restart_peak(device: torch.device) -> None:
+    """Makes `peak_memory` count from now on, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on CUDA, the process's peak resident set elsewhere."""
     if device.type == "cuda":
