@@ -26,9 +26,9 @@ def load(
 ) -> Engine:
     """An Engine with the checkpoint `model` (folder or hub id; None: the bundled demo model).
 
-    `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn` forces
-    an attention backend, `template` a prompt template (a built-in name or a .jinja file). Raises
-    ModelError, UsageError.
+    `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn`
+    forces an attention backend, `template` a prompt template (a built-in name or a .jinja file).
+    Raises ModelError, UsageError.
     """
     folder = hub.resolve(DEMO / "model" if model is None else model)
     config = read_config(folder)

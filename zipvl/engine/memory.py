@@ -12,8 +12,6 @@ from ..errors import OutOfMemory
 REFUSAL = re.compile(
     r"not enough memory|can't allocate memory|DefaultCPUAllocator|MPS backend out of memory"
 )
-    r"not enough memory|can't allocate memory|DefaultCPUAllocator|MPS backend out of memory"
-)
 
 
 @contextmanager
