@@ -32,6 +32,7 @@ def project(linear: nn.Linear, x: Tensor, cos: Tensor, sin: Tensor, chunk: int |
     if chunk is None or len(x) <= chunk:
         return rotate(linear(x).unflatten(-1, (-1, D)), cos, sin)
     out = x.new_empty(len(x), linear.out_features // D, D)
-    for into, *part in zip(*(t.split(chunk) for t in (out, x, cos, sin)), strict=True):
-        into.copy_(project(linear, *part, None))
+    parts = zip(*(t.split(chunk) for t in (out, x, cos, sin)), strict=True)
+    for into, some, some_cos, some_sin in parts:
+        into.copy_(project(linear, some, some_cos, some_sin, None))
     return out
