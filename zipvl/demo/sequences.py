@@ -26,6 +26,8 @@ from .checkpoint import END, SPECIAL
 from .questions import Question, ask, careless
 from .world import MOST, some_things, spans
 
+# Asked once more each in training: finding an object by its shape is learnt last.
+DRILL = (("after",), ("before",), ("after",), ("before",), ("colour",), ("list",))
 USER, ASSISTANT = SPECIAL.index("<|user|>"), SPECIAL.index("<|assistant|>")
 
 
@@ -55,7 +57,7 @@ def things_of_frames(frames: int, most: int, rng: np.random.Generator) -> tuple[
 
 def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, grid: int,
               rng: np.random.Generator, picture: bool = False,
-              chats: float = 0.1) -> Sequences:  # fmt: skip
+              chats: float = 0.1, drill: bool = True) -> Sequences:  # fmt: skip
     """Random sequences of `frames` frames (a picture: one, unpooled, as OneVision packs it)."""
     visual = grid * grid + grid * (grid + 1) if picture else frames * (grid // 2) ** 2 + 1
     line = tok.encode("\n").ids
@@ -63,6 +65,8 @@ def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, g
     for _ in range(batch):
         things, groups = things_of_frames(frames, MOST, rng)
         questions = ask(things, asked, rng)
+        for kinds in DRILL if drill else ():
+            questions += ask(things, 1, rng, kinds)
         chat = rng.random() < chats
         ids, part, target = [USER] + [0] * visual + line, [0] * (visual + 2), [-1] * (visual + 2)
         positions = list(range(len(ids)))

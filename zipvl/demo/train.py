@@ -31,13 +31,14 @@ from .sequences import Sequences, embed, hidden, sequences
 from .tower import Heads, pictures
 
 GRID = SIDE // PATCH
-TOKENS = 3600  # in one step of the decoder
+TOKENS = 2400  # in one step of the decoder
 # Share of the run done -> frames of a clip, drawn evenly; 0 is a picture.
 CURRICULUM = (
     (0.15, (0, 1, 2, 3, 4)),
     (0.35, (0, 4, 6, 8)),
-    (0.60, (0, 4, 8, 16, 16)),
-    (1.00, (0, 8, 16, 16, 32, 64, 64, 128)),
+    (0.55, (0, 4, 4, 6, 8, 16)),
+    (0.65, (4, 8, 8, 16, 16)),
+    (1.00, (0, 8, 16, 16, 32, 64, 64)),
 )
 
 
@@ -81,7 +82,7 @@ def evaluate(model: VLM, bank: Bank, tok: Tokenizer, frames: int, clips: int) ->
     """
     rng, right = np.random.default_rng(5), dict[str, list[bool]]()
     for _ in range(math.ceil(clips / 16)):
-        batch = sequences(bank, tok, 16, max(frames, 1), 11, GRID, rng, frames == 0, chats=0)
+        batch = sequences(bank, tok, 16, max(frames, 1), 11, GRID, rng, frames == 0, 0.0, False)
         flat = answer_loss(model, bank, batch)[1].tolist()
         for row, questions in enumerate(batch.questions):
             for n, q in enumerate(questions, start=1):
@@ -119,7 +120,7 @@ def train_decoder(model: VLM, bank: Bank, test: Bank, cache: Path, steps: int, s
         frames = int(rng.choice(next(f for share, f in CURRICULUM if step < share * steps)))
         length = (36 if frames == 0 else 4 * frames) + 72
         batch = sequences(
-            bank, tok, max(8, TOKENS // length), max(frames, 1), 6, GRID, rng, frames == 0
+            bank, tok, max(8, TOKENS // length), max(frames, 1), 3, GRID, rng, frames == 0
         )
         loss, _ = answer_loss(model, bank, batch)
         update(opts, loss, step, steps)
