@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-TOWER = {"model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 8,
-         "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}  # fmt: skip
+TOWER = {
+    "model_type": "clip_vision_model", "hidden_size": 8, "intermediate_size": 8,
+    "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14,
+}  # fmt: skip
 NAMES = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -30,7 +32,8 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{{ '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 

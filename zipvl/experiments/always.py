@@ -8,7 +8,7 @@ import numpy as np
 from . import clips, draw
 from .job import Job
 
-ALWAYS, FILLS, TAUS = ("text", "last", "none"), ("zero", "own", "previous"), (0.9, 0.975)
+ALWAYS, FILLS, TAUS = ("text", "last", "none"), ("zero", "own", "previous"), (0.8, 0.975)
 NAMES = {"zero": "nothing (paper)", "own": "own query, kept keys", "previous": "earlier output"}
 
 

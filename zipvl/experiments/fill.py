@@ -4,13 +4,13 @@ from . import clips, draw, stats
 from .job import Job, Record
 from .text_tau import FILLS, family, short, tau
 
-GRID = (0.8, 0.9, 0.95, 0.975)
+GRID = (0.3, 0.5, 0.7, 0.9, 0.975)
 METHODS = (
     *(f"zipvl:tau={t}" for t in GRID),
     *(f"zipvl+:tau={t}" for t in GRID),
-    *(f"zipvl:fill=own,tau={t}" for t in (0.6, *GRID)),
-    "zipvl+:divisor=none,tau=0.9",
-    *(f"ideas.py:{name}:tau=0.9" for name in
+    *(f"zipvl:fill=own,tau={t}" for t in GRID),
+    "zipvl+:divisor=none,tau=0.5",
+    *(f"ideas.py:{name}:tau=0.5" for name in
       ("ValueNorm", "HeadMax", "Pooled", "FirstDense", "QuestionProbes", "FullCache",
        "CacheOnly")),
 )  # fmt: skip

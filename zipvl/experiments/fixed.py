@@ -9,7 +9,7 @@ import numpy as np
 from . import clips, draw, stats
 from .job import Job, Record
 
-TAUS = (0.8, 0.9, 0.95, 0.975)
+TAUS = (0.5, 0.7, 0.85, 0.95)
 
 
 def rivals(found: list[Record], method: str) -> tuple[str, str]:

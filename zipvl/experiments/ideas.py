@@ -86,7 +86,7 @@ class QuestionProbes(Idea):
         visual = view.is_visual.nonzero()
         if self.keeps_all() or not len(visual):
             return super().probe(view)
-        return torch.arange(int(visual[-1]) + 1, view.length)
+        return torch.arange(min(int(visual[-1]) + 1, view.length - 1), view.length)
 
 
 class SqrtProbes(Idea):

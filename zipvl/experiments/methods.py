@@ -4,9 +4,9 @@ from . import clips, draw
 from .job import Job, Record
 
 METHODS = (
-    *(f"{m}:tau={t}" for m in ("zipvl", "zipvl+") for t in (0.8, 0.9, 0.95, 0.975)),
-    *(f"fixed:ratio={r}" for r in (0.3, 0.45, 0.6)),
-    *(f"random:ratio={r}" for r in (0.3, 0.45, 0.6)),
+    *(f"{m}:tau={t}" for m in ("zipvl", "zipvl+") for t in (0.3, 0.5, 0.7, 0.9, 0.975)),
+    *(f"fixed:ratio={r}" for r in (0.2, 0.35, 0.6)),
+    *(f"random:ratio={r}" for r in (0.2, 0.35, 0.6)),
     *(f"fastv:ratio={r}" for r in (0.1, 0.25, 0.5)),
     *(f"streaming:sinks=4,window={w}" for w in (60, 124, 188)),
     *(f"h2o:heavy={b},recent={b}" for b in (32, 64, 96)),

@@ -20,7 +20,7 @@ from . import draw, text_tau
 from .job import Job, Record, policy
 from .text import TAIL, continuation, windows
 
-TAUS = (0.9, 0.95, 0.975, 0.99)
+TAUS = (0.9, 0.95, 0.99)
 WHERE = {"dense MLP": 1.0, "skipped in the later half": 0.5, "skipped in all layers": 0.0}
 
 

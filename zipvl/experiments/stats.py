@@ -19,7 +19,11 @@ def bootstrap(values: np.ndarray, statistic: Statistic, seed: int = 0) -> tuple[
     if len(values) < 2:
         return float("nan"), float("nan")
     picks = np.random.default_rng(seed).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.nanpercentile(statistic(values[picks]), (2.5, 97.5))
+    found = statistic(values[picks])
+    found = found[~np.isnan(found)]  # draws in which nothing varies have no correlation
+    if not len(found):
+        return float("nan"), float("nan")
+    low, high = np.percentile(found, (2.5, 97.5))
     return float(low), float(high)
 
 

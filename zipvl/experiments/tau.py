@@ -3,7 +3,7 @@
 from . import clips, draw
 from .job import Job, Record
 
-GRID = (0.8, 0.85, 0.9, 0.94, 0.96, 0.975, 0.99, 0.995, 1.0)
+GRID = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.94, 0.96, 0.975, 0.99, 0.995, 1.0)
 MARGIN = 0.02  # the knee loses no more than this
 
 
