@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="bfloat16, float32, float16 (default: bfloat16 on CUDA and AMX CPUs, else float32)",
     )
     add("--attn", default="auto", help="auto, sdpa, torch-flash, flash-attn (default auto)")
+    add("--weights", default="full", metavar="KIND", help="int8, int4: decode faster on a CPU")
     add = parser.add_argument_group("what to print").add_argument
     add("--stats", action="store_true", help="seconds by stage and kept tokens by layer, on stderr")
     add("--json", action="store_true", help="one JSON object on stdout instead of text")
@@ -139,7 +140,9 @@ def run(args: argparse.Namespace) -> int:
         tau=args.tau, ratio=args.keep_ratio, kv_bits=args.kv_bits, **(args.probe or {}),
     )  # fmt: skip
     show = sys.stderr.isatty() and not args.quiet
-    engine = zipvl.load(args.model, args.device, args.dtype, args.attn, args.template, show)
+    engine = zipvl.load(
+        args.model, args.device, args.dtype, args.attn, args.template, show, args.weights
+    )
     if args.model is None and not args.video and not args.image:
         args.video = [str(zipvl.demo_clip())]
     session = terminal.Session(engine, policy, args)

@@ -9,6 +9,7 @@ from ..layouts import read_config
 from ..model import hub, kernels
 from ..model.chat import Chat
 from ..model.weights import load_weights
+from ..model.weights_only import check_kind, pack_weights
 from .engine import Engine
 from .memory import memory_errors
 from .progress import Progress
@@ -23,21 +24,25 @@ def load(
     attn: str = "auto",
     template: str | None = None,
     show_progress: bool = False,
+    weights: str = "full",
 ) -> Engine:
     """An Engine with the checkpoint `model` (folder or hub id; None: the bundled demo model).
 
     `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn`
     forces an attention backend, `template` a prompt template (a built-in name or a .jinja file).
+    `weights` int8 or int4 gives a model on a CPU packed copies for decoding.
     Raises ModelError, UsageError.
     """
     folder = hub.resolve(DEMO / "model" if model is None else model)
     config = read_config(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
+    check_kind(weights, place)
     backend, attend = kernels.pick(attn, place, kind, config.text.head_dim)
     chat = Chat.from_folder(folder, config, template)
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
         vlm = load_weights(config, folder, place, kind)
+        pack_weights(vlm, weights)
     if chat.vocab_size > config.text.vocab_size:
         raise ModelError(
             f"{folder}: the tokenizer has {chat.vocab_size} entries, the embedding only "
