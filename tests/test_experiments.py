@@ -339,7 +339,7 @@ def test_commands_run(
     assert result["settings"]["experiment"] == name
     assert (tmp_path / "a" / "table.md").read_text() in capsys.readouterr().out
     where = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert {"finished", "processor", "seconds"} <= where.keys()
+    assert {"finished", "processor", "session_seconds"} <= where.keys()
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,7 @@ def run(job: Job) -> None:
             (f"{a}, {f}", named[TAUS[-1], a, f]) for a in ALWAYS for f in ("zero", "own")
         ]
         grid = [[100 * cells[m, k] for k in names] for _, m in shown]
-        right.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
-        right.grid(False)
-        right.set_xticks(range(len(names)), names, rotation=45)
-        right.set_yticks(range(len(shown)), [label for label, _ in shown])
-        for y, line in enumerate(grid):
-            for x, value in enumerate(line):
-                right.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
-        right.set(title="exact answers, %, by kind of question")
+        draw.heat(right, grid, [label for label, _ in shown], names,
+                  f"exact answers, %, by kind, tau {TAUS[-1]}")  # fmt: skip
         fig.suptitle(clips.title(job, "always kept"))
         fig.savefig(job.out / "figure.png")

@@ -53,3 +53,16 @@ def bars(axes: Any, table: Sequence[dict[str, Any]], measure: str, label: str,
     axes.barh(place, values, xerr=bar, capsize=2, color="C0", alpha=0.75, height=0.65)
     axes.set_yticks(place, [r["choice"].split(": ")[-1] for r in table])
     axes.set(xlabel=label)
+
+
+def heat(axes: Any, cells: Sequence[Sequence[float]], down: Sequence[str], across: Sequence[str],
+         title: str) -> None:  # fmt: skip
+    """Percentages as a coloured table."""
+    axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    axes.grid(False)
+    axes.set_xticks(range(len(across)), across, rotation=45)
+    axes.set_yticks(range(len(down)), down)
+    for y, line in enumerate(cells):
+        for x, value in enumerate(line):
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
+    axes.set(title=title)

@@ -45,18 +45,26 @@ def run(job: Job) -> None:
     }  # fmt: skip
     job.finish(table, columns)
     with draw.panels(1, 2) as (fig, (left, right_axes)):
-        for name in ("adaptive", "fixed", "profile"):
-            x = [100 * r[f"{name}_kept"] for r in table]
-            draw.curve(left, x, [r[name] for r in table], name, 100)
+        for name, what, shift in (
+            ("fixed", "one ratio", -0.4),
+            ("profile", "a ratio by layer", 0.4),
+        ):
+            x = [100 * r["adaptive_kept"] + shift for r in table]
+            draw.curve(left, x, [r[f"gain_{name}"] for r in table], f"adaptive less {what}", 100,
+                       ls="")  # fmt: skip
+        left.axhline(0, color="black", lw=0.8)
         for row in table:
             shown = [100 * x for x in row["adaptive_layers"]]
             [line] = right_axes.plot(shown, marker=".", label=f"adaptive, tau {row['tau']}")
             level = 100 * row["fixed_kept"]
             right_axes.axhline(level, color=line.get_color(), ls=":", lw=1)
-        left.set(xlabel="tokens kept, % (mean over layers)", ylabel="exact answers, % (95 %)")
+        left.set(
+            xlabel="tokens kept, % (mean over layers)",
+            ylabel="difference in exact answers, points (95 %)",
+        )
         right_axes.set(xlabel="layer (dotted: fixed ratio)", ylabel="tokens kept, %",
-                       ylim=(0, 102))  # fmt: skip
+                       ylim=(0, 118))  # fmt: skip
         left.legend()
-        right_axes.legend()
+        right_axes.legend(ncols=2)
         fig.suptitle(clips.title(job, "fixed against adaptive"))
         fig.savefig(job.out / "figure.png")

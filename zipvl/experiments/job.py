@@ -114,7 +114,7 @@ class Job:
         (self.out / "table.md").write_text(text, encoding="utf-8")
         print(text, end="")
         where = {"finished": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-                 "seconds": round(time.time() - self.began), "torch": torch.__version__,
+                 "session_seconds": round(time.time() - self.began), "torch": torch.__version__,
                  "device": str(self.engine.model.device), "threads": torch.get_num_threads(),
                  "processor": processor(), "cores": os.cpu_count()} | (timing or {})  # fmt: skip
         (self.out / "run.json").write_text(json.dumps(where, indent=1) + "\n", encoding="utf-8")

@@ -38,15 +38,16 @@ def run(job: Job) -> None:
                 kept.plot(x, [100 * r[key] for r in some], style, marker="o", ms=3,
                           label=f"{label}, {n} frames")  # fmt: skip
         last = [r for r in kinds if r["frames"] == job.frames[-1] and "tau=" in r["method"]]
-        for (kind,), some in clips.grouped(last, "kind").items():
-            x = [tau_of(r["method"]) for r in some]
-            y = [100 * r["accuracy"]["value"] for r in some]
-            by_kind.plot(x, y, marker=".", label=f"{kind} ({some[0]['samples']})")
+        shares = {(r["kind"], tau_of(r["method"])): 100 * r["accuracy"]["value"] for r in last}
+        names, taus = (sorted({key[i] for key in shares}) for i in (0, 1))
+        cells = [[shares[kind, t] for t in taus] for kind in names]
+        count = min(r["samples"] for r in last)
+        draw.heat(by_kind, cells, names, [f"{t:g}" for t in taus],
+                  f"exact answers, %, {job.frames[-1]} frames, {count} a kind")  # fmt: skip
+        by_kind.set(xlabel="tau")
         accuracy.set(xlabel="tau", ylabel="exact answers, % (95 %)", ylim=(0, 102))
         kept.set(xlabel="tau", ylabel="% of dense", ylim=(0, 102))
-        by_kind.set(xlabel="tau", ylabel=f"exact answers, %, {job.frames[-1]} frames",
-                    ylim=(0, 102))  # fmt: skip
-        for axes in (accuracy, kept, by_kind):
-            axes.legend(fontsize=7, ncols=2 if axes is by_kind else 1)
+        for axes in (accuracy, kept):
+            axes.legend()
         fig.suptitle(clips.title(job, "zipvl over tau"))
         fig.savefig(job.out / "figure.png")
