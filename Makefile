@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV) && $(RUN) -m pip install -q $$(grep ^torch== constraints.txt) && $(RUN) -m pip install -q -c constraints.txt -e .[dev,plot] && touch $@
 demo: $(VENV)/ready
-	$(RUN) generate.py -p "What happens in the video?" --max-new-tokens 64 --stats
+	$(RUN) generate.py -p "List all objects in order." --max-new-tokens 32 --stats
 test: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest
 lint: $(VENV)/ready
