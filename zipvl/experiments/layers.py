@@ -61,7 +61,8 @@ def figure(job: Job, table: list[Record], links: list[Record], method: str) -> N
     mine, link = [r for r in table if r["frames"] == last], links[-1]
     with draw.panels(1, 2) as (fig, (left, right)):
         for row in mine:
-            left.plot([100 * x for x in row["by_layer"]], "--" if row["kind"] == "yesno" else "-", marker=".",
+            line = "--" if row["kind"] == "yesno" else "-"  # ten colours, eleven kinds
+            left.plot([100 * x for x in row["by_layer"]], line, marker=".",
                       label=f"{row['kind']} ({row['samples']})")  # fmt: skip
             x, y = row["dense_error"], row["visual"]
             right.errorbar([100 * x["value"]], [100 * y["value"]],

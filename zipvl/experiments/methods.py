@@ -52,9 +52,9 @@ def run(job: Job) -> None:
             axes.plot([100 * r[cost] / dense[cost] for r in front],
                       [100 * r["accuracy"]["value"] for r in front], "k--", lw=0.8,
                       label="best at its cost")  # fmt: skip
-            axes.set(ylabel=f"exact answers, % (95 %), {job.frames[-1]} frames", ylim=(0, 102))
+            axes.set(ylabel=f"exact answers, % (95 %), {job.frames[-1]} frames")
         left.set(xlabel="attention work of prefill, % of dense")
         right.set(xlabel="cache bytes, % of dense")
-        right.legend(ncols=2, fontsize=7)
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         fig.suptitle(clips.title(job, "methods side by side"))
         fig.savefig(job.out / "figure.png")
