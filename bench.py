@@ -4,10 +4,13 @@
     python bench.py decode  --tokens 2048,8192 --batch 1,8 --ratios 1,0.3 --rival
     python bench.py projections --tokens 8192 --ratios 1,0.3
     python bench.py linear
+    python bench.py batch   --tokens 2048 --batch 1,2,4,8 --ratios 1,0.3
+    python bench.py memory  --tokens 2048,8192 --methods dense,fixed:ratio=0.3
+    python bench.py e2e     --frames 8,32 --methods dense,zipvl [--model PATH] [--video FILE]
 
 Weights are random, in the shape of a real model, so speed is real and answers are not. Every figure
 is a median with its minimum and maximum over interleaved repeats; ratios are taken within a repeat,
-because machines are noisy. `--out` writes the raw JSON.
+because machines are noisy. `--out` writes the raw JSON, `--plot` draws it.
 """
 
 import argparse
@@ -15,13 +18,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from zipvl.benchmark.batch import bench_batch
 from zipvl.benchmark.benches import (
     bench_decode,
     bench_linear,
     bench_prefill,
     bench_projections,
 )
+from zipvl.benchmark.e2e import bench_e2e
+from zipvl.benchmark.memory import bench_memory
 from zipvl.benchmark.model import DTYPES, SHAPES, Model
+from zipvl.benchmark.plot import draw
 from zipvl.benchmark.timing import CLOCKS, machine, spread
 from zipvl.engine.stats import peak_memory
 
@@ -30,7 +37,9 @@ BENCHES = {
     "decode": bench_decode,
     "projections": bench_projections,
     "linear": bench_linear,
+    "batch": bench_batch,
 }
+ALONE = {"memory": bench_memory, "e2e": bench_e2e}  # these make the models they need
 
 
 def numbers(kind: type) -> Callable[[str], list]:
@@ -41,13 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("bench", choices=BENCHES)
+    parser.add_argument("bench", choices=[*BENCHES, *ALONE])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--tokens", type=numbers(int), default=[2048])
     parser.add_argument("--batch", type=numbers(int), default=[1])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["dense"])
     parser.add_argument("--ratios", type=numbers(float), default=[1.0])
+    parser.add_argument("--frames", type=numbers(int), default=[8], help="of the video (e2e)")
+    parser.add_argument("--video", type=Path, help="e2e: a file; default the bundled clip")
+    parser.add_argument("--model", help="e2e: a checkpoint instead of a random model")
     parser.add_argument("--new", type=int, default=8, help="decode steps a run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rival", action="store_true", help="transformers in the same run")
@@ -61,17 +73,28 @@ def main() -> None:
         help="cpu: process time by thread, for shared CPUs",
     )
     parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="where PNGs go (matplotlib)")
     args = parser.parse_args()
-    model = Model(args.shape, args.device, DTYPES[args.dtype], args.attn, args.layers)
-    rows = BENCHES[args.bench](model, args)
-    for row in rows:
+    report = measure(args)
+    for row in report["rows"]:
         print(line(row))
-    report = {"machine": machine(args), "shape": args.shape, "layers": model.config.num_layers,
-              "dtype": args.dtype, "attention": model.backend, "rows": rows,
-              "peak_memory": peak_memory(model.device)}  # fmt: skip
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        draw([report], args.plot)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """The benchmark's rows, and what they were measured on."""
+    about = {"machine": machine(args), "shape": args.shape, "dtype": args.dtype}
+    if args.bench in ALONE:
+        rows = ALONE[args.bench](args)
+        return about | {"layers": args.layers, "model": args.model, "rows": rows}
+    model = Model(args.shape, args.device, DTYPES[args.dtype], args.attn, args.layers)
+    rows = BENCHES[args.bench](model, args)
+    return about | {"layers": model.config.num_layers, "attention": model.backend, "rows": rows,
+                    "peak_memory": peak_memory(model.device)}  # fmt: skip
 
 
 def line(row: dict) -> str:
@@ -81,16 +104,31 @@ def line(row: dict) -> str:
         if "tokens" in row
         else f"{row['rows']:>4} rows"
     )
-    parts = [f"{row['bench']} {size}", f"{row['run']:<24}", f"{spread(row['seconds'])} s"]
+    parts = [f"{row['bench']} {size}", f"{row['run']:<24}"]
+    if "seconds" in row:
+        parts.append(f"{spread(row['seconds'])} s")
+    if "stages" in row:
+        parts += [f"{stage} {value:.3f}" for stage, value in row["stages"].items()]
+        parts.append(f"first token {spread(row['first_token'])} s")
+    if "formula" in row:
+        sizes = [f"{name} {value / 1e6:.0f}" for name, value in row["formula"].items()]
+        parts.append(", ".join(sizes) + " MB")
+    if "measured" in row:
+        parts.append(
+            f"measured {row['measured'] / 1e6:.0f} MB = {row['over_formula']:.2f} x formula"
+        )
+    if "card" in row:
+        parts.append(f"{row['share_of_card']:.0%} of {row['card'] / 1e9:.0f} GB")
     if "tokens_per_second" in row:
         parts.append(f"{row['tokens_per_second']:.1f} tokens/s")
     if "bandwidth_share" in row:
         speed = row["bandwidth_share"] * row["read_bandwidth"] / 1e9
         parts.append(f"{speed:.1f} GB/s = {row['bandwidth_share']:.0%} of read bandwidth")
-    if "ratio" in row:
+    if "share" in row:
         probe = row["share"].get("probe", 0) + row["share"].get("select", 0)
         parts.append(f"ratio {row['ratio']:.2f}, work {row['work']:.3f}, probe+select {probe:.1%}")
-    parts += [f"{value} faster than {base}" for base, value in row["faster_than"].items()]
+    parts += [f"{value} of {base}'s throughput" for base, value in row.get("gain", {}).items()]
+    parts += [f"{value} faster than {base}" for base, value in row.get("faster_than", {}).items()]
     return " | ".join(parts)
 
 

@@ -76,7 +76,7 @@ def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
             ids = torch.zeros(batch, dtype=torch.long, device=model.device)
             kept = {f"ratio {ratio:g}": int(tokens * ratio) for ratio in args.ratios}
             runs: dict[str, Factory] = {
-                name: partial(our_steps, model, ids, tokens, slots, args.new)
+                name: partial(our_steps, model, [tokens] * batch, [slots] * batch, args.new)
                 for name, slots in kept.items()
             }
             if rival is not None:
@@ -95,17 +95,16 @@ def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def our_steps(model: Model, ids: Tensor, tokens: int, kept: int, new: int) -> Callable[[], object]:
-    """Greedy steps from position `tokens` over caches of `kept` slots a sequence."""
-    caches = model.caches(kept, len(ids), new)
-    policy = load_policy("dense")
+def our_steps(model: Model, prompts: list[int], kept: list[int], new: int) -> Callable[[], object]:
+    """Greedy steps after `prompts` tokens a sequence, over caches of `kept` slots each."""
+    caches = model.caches(kept, new)
+    policy, ends = load_policy("dense"), torch.tensor(prompts, device=model.device)
 
     def work() -> None:
-        token = ids
+        token = torch.zeros_like(ends)
         for step in range(new):
             x = model.decoder.embed_tokens(token)
-            at = torch.full_like(ids, tokens + step)
-            hidden = model.decoder.decode(x, at, caches, policy, model.attend)
+            hidden = model.decoder.decode(x, ends + step, caches, policy, model.attend)
             token = model.logits(hidden).argmax(-1)
 
     return work

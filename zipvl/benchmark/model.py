@@ -1,10 +1,11 @@
 """A decoder of a real model's shape with random weights: its speed is real, its answers are not."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..engine.cache import LayerCache
+from ..engine.engine import CHUNK
 from ..model import kernels
 from ..model.decoder import Decoder, Prefilled
 from ..model.linear import Linear
@@ -18,28 +19,39 @@ SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
     "llava-next-13b": ("llama", 40, 5120, 40, 40, 128, 13824, 32064),
     "tiny": ("qwen2", 2, 64, 4, 2, 16, 128, 512),
 }
+TIED = ("qwen2-0.5b", "tiny")  # whose head is the embedding
 QUESTION = 64  # text tokens at the end of a benchmark prompt; the others count as visual
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def text_config(shape: str, layers: int | None = None) -> TextConfig:
+    kind, depth, width, heads, kv_heads, head_dim, ffn, vocab = SHAPES[shape]
+    return TextConfig(
+        kind, vocab, width, ffn, layers or depth, heads, kv_heads, head_dim, 1e-6, 1e6,
+        qkv_bias=kind == "qwen2", tied=shape in TIED,
+    )  # fmt: skip
+
+
+def fill(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Random weights for a module on the meta device, never a second copy of them."""
+    torch.manual_seed(0)
+    module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
 
 
 class Model:
     """A random decoder with its head, tied to the embedding."""
 
     def __init__(self, shape: str, device: str, dtype: torch.dtype, attn: str, layers: int | None):
-        kind, depth, width, heads, kv_heads, head_dim, ffn, vocab = SHAPES[shape]
-        self.config = TextConfig(
-            kind, vocab, width, ffn, layers or depth, heads, kv_heads, head_dim, 1e-6, 1e6,
-            qkv_bias=kind == "qwen2",
-        )  # fmt: skip
-        torch.manual_seed(0)
-        with torch.device(device):
-            self.decoder = Decoder(self.config).to(dtype).eval().requires_grad_(False)
-            for p in self.decoder.parameters():
-                torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
+        self.config = text_config(shape, layers)
+        with torch.device("meta"):
+            self.decoder = Decoder(self.config)
             self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        fill(self.decoder, device, dtype)
         self.lm_head.weight = self.decoder.embed_tokens.weight
         self.device, self.dtype = torch.device(device), dtype
-        self.backend, self.attend = kernels.pick(attn, self.device, dtype, head_dim)
+        self.backend, self.attend = kernels.pick(attn, self.device, dtype, self.config.head_dim)
 
     @property
     def weight_bytes(self) -> int:
@@ -55,22 +67,21 @@ class Model:
         """Logits of the last token, and what the prefill left."""
         pack = self.pack(len(ids))
         x = self.decoder.embed_tokens(ids)
-        chunk = 1024 if self.device.type == "cpu" else 8192
+        chunk = CHUNK.get(self.device.type)
         out = self.decoder.prefill(x, pack, load_policy(method), self.attend, room, chunk)
         return self.logits(out.hidden[-1:]), out
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()
 
-    def caches(self, tokens: int, batch: int, room: int) -> list[LayerCache]:
-        """Random caches of `tokens` slots a sequence, to time decoding without a prefill."""
-        c, at = self.config, torch.arange(tokens, device=self.device)
-        shape = (tokens, c.num_kv_heads, c.head_dim)
+    def caches(self, lengths: list[int], room: int) -> list[LayerCache]:
+        """Random caches, `lengths` slots by sequence, to time decoding without a prefill."""
+        c, at = self.config, [torch.arange(n, device=self.device) for n in lengths]
 
         def some() -> list[Tensor]:
-            return [torch.randn(shape, dtype=self.dtype, device=self.device) for _ in range(batch)]
+            shapes = [(n, c.num_kv_heads, c.head_dim) for n in lengths]
+            return [torch.randn(s, dtype=self.dtype, device=self.device) for s in shapes]
 
         return [
-            LayerCache(some(), some(), [at] * batch, room, [{} for _ in range(batch)])
-            for _ in range(c.num_layers)
+            LayerCache(some(), some(), at, room, [{} for _ in lengths]) for _ in range(c.num_layers)
         ]

@@ -37,7 +37,7 @@ def rival_steps(
     from transformers import DynamicCache
 
     cache = DynamicCache(config=rival.config)  # type: ignore[arg-type]
-    for layer, own in enumerate(model.caches(tokens, len(ids), 0)):
+    for layer, own in enumerate(model.caches([tokens] * len(ids), 0)):
         k, v = (
             t.unflatten(0, (len(ids), tokens)).transpose(1, 2).contiguous() for t in (own.k, own.v)
         )

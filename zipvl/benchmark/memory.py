@@ -1,0 +1,120 @@
+"""Peak memory of a prefill, each in a process of its own, next to a formula.
+
+    formula = weights + hidden states + one layer's q, k, v and output + a chunk's MLP + caches
+
+What the process holds before the model is there (Python, PyTorch, its kernels' own buffers) is
+measured with a tiny prefill and taken off.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ..config import TextConfig
+from ..engine.engine import CHUNK
+from ..engine.stats import peak_memory, restart_peak
+from ..model.vlm import VLM
+from .model import DTYPES, Model
+from .timing import Row
+from .vlm import vlm_config
+
+ROOM = 256  # new tokens
+ROOT = Path(__file__).parents[2]
+CARD = 80 * 10**9
+LONG = ("longva-7b", 200_000)  # what must fit one card of 80 GB
+
+
+def formula(
+    config: TextConfig, weights: int, tokens: int, kept: float, chunk: int, item: int
+) -> Row:
+    """Bytes by part; `kept` tokens a layer on average, `item` bytes a number, MLP by `chunk` rows.
+
+    Hidden states: the residual stream, a layer's normed input and the attention's output. Keys are
+    those of all tokens and the kept ones again, contiguous.
+    """
+    c, kv = config, config.num_kv_heads * config.head_dim
+    q = c.num_heads * c.head_dim
+    gathered = kept if kept < tokens else 0
+    parts = {
+        "weights": weights,
+        "hidden": 3 * tokens * c.hidden_size * item,
+        "layer": (tokens * kv + kept * (2 * q + kv) + gathered * kv) * item,
+        "mlp": min(tokens, chunk) * (2 * c.intermediate_size + c.hidden_size) * item,
+        "caches": c.num_layers * (kept + ROOM) * 2 * kv * item,
+    }
+    parts = {name: round(value) for name, value in parts.items()}
+    return parts | {"total": sum(parts.values())}
+
+
+def bench_memory(args: argparse.Namespace) -> list[Row]:
+    """Measured and computed peaks for every length and method, and the long video's formula."""
+    rows = []
+    for tokens in args.tokens:
+        for method in args.methods:
+            words = [args.shape, tokens, method, args.device, args.dtype, args.attn]
+            command = [sys.executable, "-m", "zipvl.benchmark.memory"]
+            command += [str(word) for word in (*words, args.layers or 0)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command[2:])} failed: {done.stderr[-500:]}")
+            rows.append(json.loads(done.stdout))
+    return rows + [long_video(*LONG, ratio) for ratio in (1.0, 0.3)]
+
+
+def long_video(shape: str, tokens: int, ratio: float) -> Row:
+    """The formula for a whole bfloat16 model: tower and head counted, and the video's features."""
+    config = vlm_config(shape)
+    with torch.device("meta"):
+        weights = sum(2 * p.numel() for p in VLM(config).parameters())
+    parts = formula(config.text, weights, tokens, ratio * tokens, CHUNK["cuda"], 2)
+    parts |= {"features": 2 * tokens * config.text.hidden_size}
+    parts["total"] += parts["features"]
+    return {"bench": "memory", "shape": shape, "tokens": tokens, "batch": 1, "ratio": ratio,
+            "run": f"formula, ratio {ratio:g}", "formula": parts, "card": CARD,
+            "share_of_card": parts["total"] / CARD}  # fmt: skip
+
+
+def peak(device: torch.device) -> int:
+    """Bytes at most so far. Linux's ru_maxrss also counts the process that started this one, so
+    this process's own high-water mark comes first."""
+    status = Path("/proc/self/status")
+    if device.type == "cpu" and status.exists():
+        [line] = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    return peak_memory(device)
+
+
+@torch.inference_mode()
+def measure(shape: str, tokens: int, method: str, device: str, dtype: str, attn: str,
+            layers: int | None) -> Row:  # fmt: skip
+    """One prefill in this process, which must have done nothing else."""
+    kind = DTYPES[dtype]
+    warm_up = Model("tiny", device, kind, attn, None)
+    warm_up.prefill(torch.zeros(1024, dtype=torch.long, device=device), method, ROOM)
+    restart_peak(warm_up.device)
+    before = peak(warm_up.device)
+    model = Model(shape, device, kind, attn, layers)
+    loaded = peak(model.device) - before
+    ids = torch.randint(model.config.vocab_size, (tokens,), device=model.device)
+    out = model.prefill(ids, method, ROOM)[1]
+    most = peak(model.device) - before
+    kept = statistics.mean(layer.attended[0] for layer in out.layers)
+    parts = formula(
+        model.config, model.weight_bytes, tokens, kept, CHUNK[model.device.type], kind.itemsize
+    )
+    return {
+        "bench": "memory", "shape": shape, "tokens": tokens, "batch": 1, "run": method,
+        "ratio": kept / tokens, "measured": most, "loaded": loaded, "before": before,
+        "kv_bytes": sum(cache.nbytes for cache in out.caches), "formula": parts,
+        "over_formula": most / parts["total"],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    shape, tokens, method, device, dtype, attn, layers = sys.argv[1:]
+    print(json.dumps(measure(shape, int(tokens), method, device, dtype, attn, int(layers) or None)))
