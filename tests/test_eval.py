@@ -69,6 +69,11 @@ def test_one_needle_at_its_depth(frames: int) -> None:
 def test_one_kind_alone_and_unknown_tasks() -> None:
     assert {i.group for i in task_items("digit", 6, 4, 0)} == {"digit"}
     assert len({i.group for i in task_items("niah", 6, 10, 0)}) == len(DEPTHS)
+    for frames in (1, 2, 3):  # too short for two objects, so no neighbours to ask for
+        assert {"after", "before"}.isdisjoint(i.group for i in task_items("all", frames, 20, 0))
+        with pytest.raises(UsageError, match="two objects"):
+            task_items("after", frames, 1, 0)
+    assert len(task_items("after", 4, 3, 0)) == 3
     with pytest.raises(UsageError, match="niah"):
         task_items("nothing", 6, 4, 0)
 
@@ -115,7 +120,7 @@ def test_heat_map_is_drawn(tmp_path: Path) -> None:
 
 
 def test_same_seed_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--method", "dense,zipvl:tau=0.9", "--frames", "2,4", "--samples", "6"]
+    options = ["--method", "dense,zipvl:tau=0.9", "--frames", "2,5", "--samples", "6"]
     for name in ("one", "two"):
         assert main([*options, "--device", "cpu", "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "one/table.md").read_text() == (tmp_path / "two/table.md").read_text()

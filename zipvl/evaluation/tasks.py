@@ -13,6 +13,7 @@ from ..demo.world import Clip, Event, corners, random_clip, render, some_things
 from ..errors import UsageError
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TWO_EVENTS = 4  # frames from which on a clip may hold two events (world.py, random_clip)
 SCENE = 16  # frames of one background in a haystack
 
 
@@ -71,9 +72,13 @@ def task_items(task: str, frames: int, samples: int, seed: int) -> list[Item]:
     """Items of `all` kinds of question, of one kind, or of `niah`. Raises UsageError."""
     if task == "niah":
         return needle_items(frames, samples, seed)
-    kinds = tuple(PHRASES) if task == "all" else (task,)
-    if not set(kinds) <= set(PHRASES):
+    if task != "all" and task not in PHRASES:
         raise UsageError(f"unknown task {task!r}: use all, niah, {', '.join(PHRASES)}")
+    kinds = tuple(PHRASES) if task == "all" else (task,)
+    if frames < TWO_EVENTS:
+        kinds = tuple(kind for kind in kinds if kind not in ("after", "before"))
+    if not kinds:
+        raise UsageError(f"task {task!r} needs two objects: use --frames {TWO_EVENTS} or more")
     return world_items(kinds, frames, samples, seed)
 
 
