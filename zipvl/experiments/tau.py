@@ -39,7 +39,7 @@ def run(job: Job) -> None:
                           label=f"{label}, {n} frames")  # fmt: skip
         last = [r for r in kinds if r["frames"] == job.frames[-1] and "tau=" in r["method"]]
         shares = {(r["kind"], tau_of(r["method"])): 100 * r["accuracy"]["value"] for r in last}
-        names, taus = (sorted({key[i] for key in shares}) for i in (0, 1))
+        names, taus = sorted({kind for kind, _ in shares}), sorted({t for _, t in shares})
         cells = [[shares[kind, t] for t in taus] for kind in names]
         count = min(r["samples"] for r in last)
         draw.heat(by_kind, cells, names, [f"{t:g}" for t in taus],
