@@ -147,7 +147,8 @@ def test_no_place_of_ours_is_in_the_files() -> None:
     """Paths of one machine, and hosts that installers must choose for themselves."""
     ours = re.compile(
         r"(?<![\w.])/(?:work|home/\w|root|Users|mnt|scratch)/"
-        r"|pypi\.(?:org|python)|pythonhosted|download\.pytorch|--(?:extra-)?index-url|anaconda\.org"
+        r"|py[p]i\.(?:org|python)|python[h]osted|download\.py[t]orch|--(?:extra-)?index[-]url"
+        r"|ana[c]onda\.org"
     )
     found = []
     for path in FILES:
