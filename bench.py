@@ -2,6 +2,7 @@
 
     python bench.py prefill --tokens 2048,8192 --methods dense,fixed:ratio=0.3 --rival
     python bench.py decode  --tokens 2048,8192 --batch 1,8 --ratios 1,0.3 --rival
+    python bench.py decode  --tokens 2048 --batch 1,2 --weights full,int8,int4
     python bench.py projections --tokens 8192 --ratios 1,0.3
     python bench.py linear
     python bench.py batch   --tokens 2048 --batch 1,2,4,8 --ratios 1,0.3
@@ -60,6 +61,12 @@ def main() -> None:
     parser.add_argument("--frames", type=numbers(int), default=[8], help="of the video (e2e)")
     parser.add_argument("--video", type=Path, help="e2e: a file; default the bundled clip")
     parser.add_argument("--model", help="e2e: a checkpoint instead of a random model")
+    parser.add_argument(
+        "--weights",
+        type=lambda text: text.split(","),
+        default=["full"],
+        help="decode: full, int8, int4; these beside the others in one run",
+    )
     parser.add_argument("--new", type=int, default=8, help="decode steps a run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rival", action="store_true", help="transformers in the same run")
@@ -124,6 +131,8 @@ def line(row: dict) -> str:
     if "bandwidth_share" in row:
         speed = row["bandwidth_share"] * row["read_bandwidth"] / 1e9
         parts.append(f"{speed:.1f} GB/s = {row['bandwidth_share']:.0%} of read bandwidth")
+    if row.get("packed_bytes"):
+        parts.append(f"packs {row['packed_bytes'] / 1e6:.0f} MB more")
     if "share" in row:
         probe = row["share"].get("probe", 0) + row["share"].get("select", 0)
         parts.append(f"ratio {row['ratio']:.2f}, work {row['work']:.3f}, probe+select {probe:.1%}")

@@ -128,6 +128,29 @@ def test_batches_of_different_lengths(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row["tokens_per_second"] == pytest.approx(row["batch"] * 2 / (sum(step) / 2))
 
 
+def test_decode_with_packed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs come on top of the full tensors, which are shared, and are read in small batches."""
+    words = ["decode", "--tokens", "40", "--batch", "1,6", "--weights", "full,int8", "--new", "2"]
+    full, small, _, large = run(words, tmp_path, monkeypatch)
+    places = {(1, 40): 2 * 2 * 2 * 16 * 4 * 40, (6, 40): 6 * 2 * 2 * 2 * 16 * 4 * 40}
+    model = Model("tiny", "cpu", torch.float32, "auto", None)
+    owned = {p.data_ptr() for p in model.decoder.parameters()}
+    packed = model.packed("int8")
+    assert {p.data_ptr() for p in packed.decoder.parameters()} == owned
+    assert packed.lm_head.weight.data_ptr() in owned
+    matrices = [p for n, p in model.decoder.named_parameters() if p.ndim > 1]
+    codes = sum(p.numel() + 2 * len(p) for p in matrices)  # a byte a weight, a scale a row
+    assert [r["packed_bytes"] for r in (full, small, large)] == [0, codes, codes]
+    assert full["bytes_per_step"] == model.weight_bytes + places[1, 40]
+    rest = model.weight_bytes - sum(p.nbytes for p in matrices)
+    assert small["bytes_per_step"] == rest + codes + places[1, 40]
+    assert large["bytes_per_step"] == model.weight_bytes + places[6, 40]
+    with torch.inference_mode():
+        x = model.decoder.norm(torch.randn(1, 64))
+        near = torch.nn.functional.cosine_similarity(packed.logits(x), model.logits(x))
+    assert 0.999 < near < 1
+
+
 def test_figures_from_raw_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each figure's file appears; what it draws as a ceiling is dense without attention."""
     pytest.importorskip("matplotlib")

@@ -69,26 +69,34 @@ def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
     """Seconds a step of `--new` greedy steps over caches of random keys and values."""
     rival, rows = build_rival(model) if args.rival else None, []
     bandwidth = read_bandwidth(model.device, args.clock)
+    models = {kind: model.packed(kind) for kind in args.weights}
     c = model.config
     slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
     for tokens in args.tokens:
         for batch in args.batch:
             ids = torch.zeros(batch, dtype=torch.long, device=model.device)
-            kept = {f"ratio {ratio:g}": int(tokens * ratio) for ratio in args.ratios}
+            kept = {
+                f"ratio {ratio:g}" + f", {kind}" * (kind != "full"): (int(tokens * ratio), m)
+                for kind, m in models.items()
+                for ratio in args.ratios
+            }
             runs: dict[str, Factory] = {
-                name: partial(our_steps, model, [tokens] * batch, [slots] * batch, args.new)
-                for name, slots in kept.items()
+                name: partial(our_steps, m, [tokens] * batch, [slots] * batch, args.new)
+                for name, (slots, m) in kept.items()
             }
             if rival is not None:
                 runs["transformers"] = partial(rival_steps, model, rival, ids, tokens, args.new)
             seconds = interleaved(model.device, args.clock, runs, args.repeats)
             for name, values in seconds.items():
                 step = statistics.median(values) / args.new
-                moved = model.weight_bytes + batch * kept.get(name, tokens) * slot
+                slots, m = kept.get(name, (tokens, model))
+                moved = m.step_bytes(batch) + batch * slots * slot
                 rows.append({
                     "bench": "decode", "tokens": tokens, "batch": batch, "run": name,
                     "seconds": values, "steps": args.new, "seconds_per_step": step,
                     "tokens_per_second": batch / step, "bytes_per_step": moved,
+                    "weight_bytes": m.weight_bytes,
+                    "packed_bytes": sum(p.packed_bytes for p in m.packs),
                     "read_bandwidth": bandwidth, "bandwidth_share": moved / step / bandwidth,
                     **ratios(seconds, name),
                 })  # fmt: skip

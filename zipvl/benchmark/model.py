@@ -1,5 +1,8 @@
 """A decoder of a real model's shape with random weights: its speed is real, its answers are not."""
 
+import copy
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,7 @@ from ..model import kernels
 from ..model.decoder import Decoder, Prefilled
 from ..model.linear import Linear
 from ..model.pack import Pack
+from ..model.weights_only import FEW, PackedLinear, check_kind, pack_weights
 from ..policy import load_policy
 
 SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
@@ -53,9 +57,30 @@ class Model:
         self.device, self.dtype = torch.device(device), dtype
         self.backend, self.attend = kernels.pick(attn, self.device, dtype, self.config.head_dim)
 
+    def packed(self, kind: str) -> "Model":
+        """The same tensors, and copies of the linear layers' in `kind` for decoding."""
+        check_kind(kind, self.device)
+        twin, memo = copy.copy(self), {id(p): p for p in self.decoder.parameters()}
+        both = nn.ModuleDict({"text": self.decoder, "head": self.lm_head})
+        both = copy.deepcopy(both, memo)  # new modules around the old parameters
+        pack_weights(both, kind)
+        twin.decoder = cast(Decoder, both["text"])
+        twin.lm_head = cast(Linear, both["head"])
+        return twin
+
     @property
     def weight_bytes(self) -> int:
         return sum(p.nbytes for p in self.decoder.parameters())
+
+    @property
+    def packs(self) -> list[PackedLinear]:
+        modules = (*self.decoder.modules(), self.lm_head)
+        return [m for m in modules if isinstance(m, PackedLinear)]
+
+    def step_bytes(self, batch: int) -> int:
+        """Bytes of weights that a decode step of `batch` sequences reads."""
+        packs = self.packs if batch <= FEW else []
+        return self.weight_bytes + sum(m.packed_bytes - m.weight.nbytes for m in packs)
 
     def pack(self, tokens: int) -> Pack:
         """One sequence of `tokens`, all visual but the question at the end."""

@@ -16,11 +16,10 @@ given one by one.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from .linear import Linear
-from .vlm import VLM
 
 FEW = 4  # rows up to which the packed products were faster
 GROUP = 64  # inputs that share a scale at 4 bits
@@ -100,7 +99,7 @@ def fits(layer: Linear, kind: str) -> bool:
     return kind == "int8" or (layer.out_features % 16 == 0 and layer.in_features % GROUP == 0)
 
 
-def pack_weights(model: VLM, kind: str) -> int:
+def pack_weights(model: nn.Module, kind: str) -> int:
     """Gives the decoder's linear layers and the head packed copies; returns their bytes."""
     if kind == "full":
         return 0
