@@ -290,23 +290,43 @@ def forced(text: Decoder, x: Tensor, policy: zipvl.Policy, new: Tensor) -> Tenso
     return torch.cat(hidden)
 
 
+# The seed of a picture on which full precision decides each of its 64 tokens clearly: random weights
+# give near ties on most pictures, where the rounding of 8 bits may tip the choice.
+CLEAR = {"llava": 21, "llava_next": 22, "llava_next_mistral": 30, "llava_next_video": 56,
+         "llava_onevision": 18, "llava_onevision_tied": 56}  # fmt: skip
+EIGHT_BITS = ("zipvl-quant:tau=1,kv_bits=8,interval=10", "kivi:kv_bits=8,group=8,residual=16")
+
+
+def a_picture(seed: int | None) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (70, 100, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_eight_bits_answer_as_full_precision(oracle: Callable, kind: str) -> None:
-    """At 64 positions of the full-precision answer the same next token, but for near ties: random
-    models have one in about fifty positions."""
+def test_eight_bits_give_the_same_64_tokens(oracle: Callable, kind: str) -> None:
     engine = zipvl.load(oracle(kind).folder, device="cpu", dtype="float32")
-    picture = np.random.default_rng().integers(0, 256, (70, 100, 3), dtype=np.uint8)
-    inputs = engine.prepare("what is in the picture", images=[Image.fromarray(picture)])
+    inputs = engine.prepare("what is in the picture", images=[a_picture(CLEAR[kind])])
+    options = {"max_new_tokens": 64, "ignore_eos": True}
+    want = engine.generate(inputs, "dense", **options).tokens
+    assert len(want) == 64
+    assert len(set(want)) > 4  # no answer of one token over and over
+    for method in EIGHT_BITS:
+        assert engine.generate(inputs, method, **options).tokens == want
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_eight_bits_tip_only_near_ties(oracle: Callable, kind: str) -> None:
+    """On any picture, at 64 positions of the full-precision answer: the same next token, but for
+    near ties, and logits that hardly move."""
+    engine = zipvl.load(oracle(kind).folder, device="cpu", dtype="float32")
+    inputs = engine.prepare("what is in the picture", images=[a_picture(None)])
     answer = engine.generate(inputs, "dense", max_new_tokens=63, ignore_eos=True)
     model, new = engine.model, torch.tensor(answer.tokens)
     with torch.inference_mode():
         x = model.embed(inputs.input_ids, inputs.is_visual, engine.encode(inputs))
         want = model.logits(forced(model.text, x, zipvl.Policy(), new))
         assert want[:-1].argmax(1).tolist() == answer.tokens
-        for method in (
-            "zipvl-quant:tau=1,kv_bits=8,interval=10",
-            "kivi:kv_bits=8,group=8,residual=16",
-        ):
+        for method in EIGHT_BITS:
             got = model.logits(forced(model.text, x, load_policy(method), new))
             chosen, best = got.argmax(1), want.max(1).values
             margin = (best - want.gather(1, chosen[:, None])[:, 0]) / want.std(1)

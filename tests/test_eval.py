@@ -158,3 +158,18 @@ def test_mistakes_are_one_sentence(
     err = capsys.readouterr().err
     assert word in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_few_bits_cost_the_demo_model_less_than_two_points(tmp_path: Path) -> None:
+    """4 and 2 bits against dense, 220 questions a length: ZipCache after dense prefill, and
+    `zipvl-quant` at a tau at which the sparse prefill itself costs less than that."""
+    methods = ["dense", "zipcache", "zipvl-quant:tau=0.99"]
+    options = ["--frames", "16,64", "--samples", "220", "--out", str(tmp_path)]
+    assert main(["--method", ",".join(methods), *options]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    share = {(row["frames"], row["method"]): row["accuracy"] for row in rows}
+    for frames in (16, 64):
+        dense = share[frames, methods[0]]
+        assert dense > 0.85
+        assert all(share[frames, method] > dense - 0.02 for method in methods[1:])
