@@ -14,13 +14,24 @@ from zipvl.demo.checkpoint import write_plain, write_weights
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
-from zipvl.experiments import clips, fixed, ideas, methods, mlp, stats, study, text
+from zipvl.experiments import (
+    clips,
+    fill,
+    fixed,
+    ideas,
+    methods,
+    mlp,
+    mlp_speed,
+    stats,
+    study,
+    text,
+)
 from zipvl.experiments.__main__ import NAMES, main
 from zipvl.experiments.job import Job, cell, policy, table
 from zipvl.layouts import read_config
 from zipvl.model.vlm import VLM
 from zipvl.policies.zipvl import ZipVL
-from zipvl.policy import Policy, View
+from zipvl.policy import METHODS, Policy, View, load_policy
 from zipvl.testing import check_policy
 from zipvl.testing.toy import Toy
 
@@ -269,7 +280,7 @@ def test_sparse_mlps(engine: Engine) -> None:
         policy("zipvl:tau=0.7,always=last"),
     )
     before = engine.prefill([prompt], sparse, None, {}).hidden
-    with mlp.sparse_mlps(engine, 0.5):  # layer 1 of 2
+    with mlp.sparse_mlps(engine.model.text, 0.5):  # layer 1 of 2
         got = engine.prefill([prompt], sparse, None, {}).hidden
     torch.testing.assert_close(engine.prefill([prompt], sparse, None, {}).hidden, before)
     inner, kept = [], []
@@ -290,17 +301,87 @@ def test_sparse_mlps(engine: Engine) -> None:
     torch.testing.assert_close(got[~out], before[~out])
     # fill=zero: nothing is added to a left-out token in this layer at all
     torch.testing.assert_close(got[out], engine.model.text.norm(torch.cat(inner)[out]))
-    with mlp.sparse_mlps(engine, 0.0):
+    with mlp.sparse_mlps(engine.model.text, 0.0):
         dense = engine.prefill([prompt], policy("dense"), None, {}).hidden
     torch.testing.assert_close(dense, engine.prefill([prompt], policy("dense"), None, {}).hidden)
+
+
+@torch.inference_mode()
+def test_sparse_mlps_of_a_batch_in_parts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt of a batch, in parts of 64 rows, as alone and whole; a token decoded after it."""
+    prompts = [Inputs(ids(n, n), torch.zeros(n, dtype=torch.bool), []) for n in (150, 90, 200)]
+    sparse = policy("zipvl:tau=0.7,always=last,recent=16,random=16")
+    with mlp.sparse_mlps(engine.model.text, 0.0):
+        alone = [engine.prefill([p], sparse, None, {}).hidden for p in prompts]
+        answers = [engine.generate(p, sparse, max_new_tokens=3).tokens for p in prompts]
+        monkeypatch.setattr(engine, "chunk", 64)
+        together = engine.prefill(prompts, sparse, None, {}).hidden
+        assert [r.tokens for r in engine.generate(prompts, sparse, max_new_tokens=3)] == answers
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    plain = engine.prefill(prompts, sparse, None, {}).hidden
+    assert (together - plain).abs().max() > 0.01
+
+
+def test_share_of_mlp_rows_by_hand() -> None:
+    ratios = [0.5, 0.3, 0.2, 0.4]
+    assert mlp.mlp_share(ratios, 1.0) == 1
+    assert mlp.mlp_share(ratios, 0.5) == pytest.approx((2 + 0.2 + 0.4) / 4)
+    assert mlp.mlp_share(ratios, 0.0) == pytest.approx(0.35)
+
+
+def test_speed_on_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_speed, "SHAPE", "tiny")
+    monkeypatch.setattr(mlp_speed, "LAYERS", 2)
+    job = Job("mlp_speed", tmp_path, samples=2, tokens=(200,), device="cpu")
+    mlp_speed.run(job)
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [r["mlp"] for r in rows if "ratio=0.5" in r["method"]] == pytest.approx([1, 0.75, 0.5])
+    assert all(r["seconds"]["value"] > 0 for r in rows)
+    assert [r["gain"]["value"] for r in rows if r["method"].endswith("dense MLP")] == [1, 1, 1]
+
+
+def test_speed_ups_by_hand() -> None:
+    methods = mlp.everywhere(["a"])
+    seconds = dict(zip(methods, (8.0, 4.0, 2.0, 1.0), strict=True))
+    found = [{"unit": "0", "method": m, "seconds": s, "ratios": [0.5], "mlp": 1.0}
+             for m, s in seconds.items()]  # fmt: skip
+    rows = mlp_speed.rows(found, methods)
+    assert [r["faster"]["value"] for r in rows] == [1, 2, 4, 8]
+    assert [r["gain"]["value"] for r in rows] == [1, 1, 2, 4]
+
+
+def test_halving_by_hand() -> None:
+    """Of four questions dense answers all, zipvl two, zipvl+ three: half the loss."""
+    right = {"dense": (1, 1, 1, 1), "zipvl:tau=0.5": (0, 0, 1, 1), "zipvl+:tau=0.5": (1, 0, 1, 1)}
+    found = [{"frames": 16, "unit": str(i), "method": m, "ok": bool(ok)}
+             for m, some in right.items() for i, ok in enumerate(some)]  # fmt: skip
+    [row, whole] = fill.halving(found)
+    assert [row["frames"], row["tau"], row["questions"]] == [16, "0.5", 4]
+    assert [row[k]["value"] for k in ("paper", "plus", "saved", "over_half")] == [
+        0.5,
+        0.25,
+        0.25,
+        0,
+    ]
+    assert [whole["tau"], whole["paper"]] == ["all", row["paper"]]
 
 
 # --- the commands -----------------------------------------------------------------------------
 
 FEW = {  # instead of the experiment's own methods
+    "methods": "zipvl:tau=0.9,zipvl+:tau=0.9,kv_bits=4,examples/tova.py:TOVA:budget=8",
     "text_tau": "zipvl:always=last,tau=0.8,zipvl+:always=last,tau=0.8",
     "mlp": "zipvl:always=last,tau=0.9",
+    "mlp_clips": "zipvl:tau=0.9",
+    "mlp_speed": "zipvl:always=last,tau=0.9",
 }
+
+
+def test_every_method_of_the_side_by_side_exists() -> None:
+    named = [policy(m) for m in (*methods.METHODS, *methods.EXAMPLES)]
+    assert {type(load_policy(m)).__name__ for m in METHODS} <= {type(p).__name__ for p in named} | {
+        "Dense"
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

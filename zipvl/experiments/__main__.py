@@ -25,6 +25,8 @@ NAMES = {
     "niah": "one frame in a long video, against length",
     "text_probes": "probe rows on a text decoder, against length",
     "mlp": "tokens left out of attention skip the MLP, too (text decoder)",
+    "mlp_clips": "tokens left out of attention skip the MLP, too: accuracy on clips",
+    "mlp_speed": "tokens left out of attention skip the MLP, too: time of a prefill",
     "text_tau": "loss of a text decoder against tau and attention work; what left-out tokens get",
 }
 

@@ -5,6 +5,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from ..engine.engine import Engine
+from ..engine.inputs import Inputs
 from ..engine.run import Result
 from ..eval import LARGEST
 from ..evaluation.tasks import Item, same_answer, task_items
@@ -19,12 +21,17 @@ COLUMNS = {
 }  # fmt: skip
 
 
+Ask = Callable[[list[Inputs], str], list[Result]]
+
+
 def records(job: Job, methods: Sequence[str], task: str = "all",
-            extra: dict[str, Callable[[Any], Record]] | None = None) -> list[Record]:  # fmt: skip
+            extra: dict[str, Callable[[Any], Record]] | None = None,
+            ask: Ask | None = None) -> list[Record]:  # fmt: skip
     """Every method's answer to `samples` questions for each frame count, dense always among them.
 
     `unit` is FRAMES/NUMBER; `visual` the share of visual tokens kept in each layer, for methods
-    that keep all text. `extra` are measurements of the prompts other than answers.
+    that keep all text. `extra` are measurements of the prompts other than answers. `ask` answers a
+    batch in an experiment's own way.
     """
     engine, special = job.engine, extra or {}
     items = {f"{n}/{i}": item for n in job.frames
@@ -44,12 +51,16 @@ def records(job: Job, methods: Sequence[str], task: str = "all",
         asked = [inputs for _, inputs in ready]
         if method in special:
             return [{"frames": item.frames} | special[method](inputs) for item, inputs in ready]
-        answers = engine.generate(asked, policy(method), max_new_tokens=ANSWER)
-        return [answer_record(item, out) for (item, _), out in
-                zip(ready, cast(list[Result], answers), strict=True)]  # fmt: skip
+        answers = ask(asked, method) if ask else answer(engine, asked, method)
+        return [answer_record(item, out) for (item, _), out in zip(ready, answers, strict=True)]
 
     methods = list(dict.fromkeys(("dense", *methods, *special)))
     return job.records(items, methods, prepare, measure, BATCH)
+
+
+def answer(engine: Engine, asked: list[Inputs], method: str) -> list[Result]:
+    """Greedy answers to a batch."""
+    return cast(list[Result], engine.generate(asked, policy(method), max_new_tokens=ANSWER))
 
 
 def answer_record(item: Item, out: Result) -> Record:

@@ -1,8 +1,14 @@
 """Item 7: every method there is: accuracy against attention work, and against cache bytes."""
 
+from pathlib import Path
+
 from . import clips, draw
 from .job import Job, Record
 
+EXAMPLES = (
+    *(f"examples/keynorm.py:KeyNorm:ratio={r}" for r in (0.25, 0.5, 0.75)),
+    *(f"examples/tova.py:TOVA:budget={b}" for b in (64, 128, 192)),
+)
 METHODS = (
     *(f"{m}:tau={t}" for m in ("zipvl", "zipvl+") for t in (0.3, 0.5, 0.7, 0.9, 0.975)),
     *(f"fixed:ratio={r}" for r in (0.2, 0.35, 0.6)),
@@ -11,7 +17,8 @@ METHODS = (
     *(f"streaming:sinks=4,window={w}" for w in (60, 124, 188)),
     *(f"h2o:heavy={b},recent={b}" for b in (32, 64, 96)),
     *(f"snapkv:budget={b}" for b in (64, 128, 192)),
-    *(f"zipvl-quant:tau={t}" for t in (0.9, 0.975)),
+    *(f"zipvl-quant:tau={t}" for t in (0.7, 0.9, 0.975)),
+    *(f"zipvl+:tau={t},kv_bits=4" for t in (0.7, 0.9, 0.975)),
     "zipcache",
     "kivi:kv_bits=4",
     "kivi:kv_bits=2",
@@ -19,7 +26,9 @@ METHODS = (
 
 
 def family(row: Record) -> str:
-    return row["method"].split(":")[0]
+    """Whose curve a method is on: its name, with `4 bit` where what it keeps is quantised, too."""
+    name, _, options = row["method"].removeprefix("examples/").partition(":")
+    return f"{name}, 4 bit" if "tau=" in options and "kv_bits=4" in options else name
 
 
 def frontier(table: list[Record], cost: str) -> list[Record]:
@@ -33,7 +42,8 @@ def frontier(table: list[Record], cost: str) -> list[Record]:
 
 
 def run(job: Job) -> None:
-    found = clips.records(job, job.methods or METHODS)
+    shown = [m for m in EXAMPLES if Path(m.partition(":")[0]).is_file()]  # run in the repository
+    found = clips.records(job, job.methods or (*METHODS, *shown))
     table = clips.rows(found)
     fronts = {f"{n} frames, {cost}": [r["method"] for r in frontier(
         [r for r in table if r["frames"] == n], cost)]

@@ -27,7 +27,7 @@ def bootstrap(values: np.ndarray, statistic: Statistic, seed: int = 0) -> tuple[
     return float(low), float(high)
 
 
-def mean(values: Sequence[float], seed: int = 0) -> dict[str, float]:
+def mean(values: Sequence[float] | np.ndarray, seed: int = 0) -> dict[str, float]:
     """Mean with its bootstrap interval over `values`, one a window or question."""
     some = np.asarray(values, dtype=np.float64)
     low, high = bootstrap(some, lambda draws: draws.mean(1), seed)

@@ -19,18 +19,25 @@ from .job import Job, Record
 CHOICES = ((64, 64), (64, 0), (0, 64), (128, 0), (0, 128), (32, 32), (16, 16))
 BLOCK = 256  # rows of attention at a time
 MEASURES = ("recall", "covered", "error", "kept")
+SHOWN = {  # choices against length, and how the figure calls them
+    "64 recent + 64 random": "64 recent + 64 random (paper)",
+    "0 recent + 128 random": "128 random",
+    "128 recent": "128 recent",
+    "sqrt(T)": "half recent, half random, as many as 4 sqrt(T)",
+}
 
 
 def attention(view: View) -> Tensor:
-    """Mean over heads of the whole causal attention, [T, T] float32."""
+    """Mean over heads of the whole causal attention, [T, T] float32; BLOCK rows at a time."""
     T, H = view.length, view.q.shape[0]
     k = view.k.repeat_interleave(H // len(view.k), 0).float()  # [H, T, D]
-    out, place = [], torch.arange(T, device=k.device)
+    out, place = torch.zeros(T, T, device=k.device), torch.arange(T, device=k.device)
     for rows in place.split(BLOCK):
-        scores = view.q[:, rows].float() @ k.transpose(1, 2) / math.sqrt(k.shape[-1])
-        scores.masked_fill_(place > rows[:, None], -math.inf)
-        out.append(scores.softmax(-1).mean(0))
-    return torch.cat(out)
+        seen = place[: rows[-1] + 1]
+        scores = view.q[:, rows].float() @ k[:, seen].transpose(1, 2) / math.sqrt(k.shape[-1])
+        scores.masked_fill_(seen > rows[:, None], -math.inf)
+        out[rows, : len(seen)] = scores.softmax(-1).mean(0)
+    return out
 
 
 def chosen(view: View, a: Tensor, method: ZipVL) -> tuple[Tensor, int]:
@@ -111,10 +118,10 @@ def figure(job: Job, table: list[Record], key: str, title: str) -> None:
             left.set_xlim(min(100 * r["recall"]["low"] for r in table) // 10 * 10, 100)
             right.set_yticklabels([])
         else:
-            for name in ("64 recent + 64 random", "128 recent", "sqrt(T)"):
+            for name, what in SHOWN.items():
                 some = [r for r in table if r["choice"].startswith(name)]
-                draw.curve(left, lengths, [r["recall"] for r in some], name, 100)
-                draw.curve(right, lengths, [r["error"] for r in some], name, 100)
+                draw.curve(left, lengths, [r["recall"] for r in some], what, 100)
+                draw.curve(right, lengths, [r["error"] for r in some], what, 100)
             for axes, label in ((left, "recall of the all-rows set, % (95 %)"),
                                 (right, "error of p, % (95 %)")):  # fmt: skip
                 axes.set(xlabel="prompt tokens", ylabel=label, xscale="log")

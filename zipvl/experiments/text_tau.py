@@ -85,18 +85,19 @@ def family(method: str) -> str | None:
 
 def figure(job: Job, table: list[Record]) -> None:
     model = job.settings()["model"]
-    with draw.panels(1, 3, 4.5) as (fig, (left, middle, right)):
+    singles = [r | {"choice": short(r["method"])} for r in table
+               if family(r["method"]) is None and r["change"]]  # fmt: skip
+    with draw.panels(1, 2 + bool(singles), 4.5) as (fig, (left, *middle, right)):
         for name, what in FILLS.items():
             some = [r for r in table if family(r["method"]) == name]
             draw.curve(left, [100 * r["work"] for r in some], [r["extra"] for r in some], what)
         left.set(xlabel="attention work, % of dense", ylabel="extra loss, nats a token (95 %)")
         left.set_ylim(0)
         left.legend()
-        singles = [r | {"choice": short(r["method"])} for r in table
-                   if family(r["method"]) is None and r["change"]]  # fmt: skip
-        draw.bars(middle, singles, "change", "loss less that of zipvl+ at this tau, nats (95 %)",
-                  1.0)  # fmt: skip
-        middle.axvline(0, color="black", lw=0.8)
+        for axes in middle:
+            label = "loss less that of zipvl+ at this tau, nats (95 %)"
+            draw.bars(axes, singles, "change", label, 1.0)
+            axes.axvline(0, color="black", lw=0.8)
         for row in table:
             if family(row["method"]) == "zipvl+":
                 label = f"zipvl+, tau {tau(row['method'])}"
