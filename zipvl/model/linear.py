@@ -1,27 +1,56 @@
-"""Linear layers that read their weights at the memory's speed when there are few rows.
+"""Linear layers that read their weights at the memory's speed, and compute at the CPU's.
 
 Decoding multiplies every weight by one row per sequence, so it is as fast as weights can be read.
 PyTorch's F.linear on CPUs does not reach that speed for few rows; the same product written as
-matrix-vector, or as W x^T, does (docs/results/: `bench.py linear`). Elsewhere this is nn.Linear.
+matrix-vector, or as W x^T, does (docs/results/: `bench.py linear`). Many rows are as fast as the
+products are, and CPUs without 16-bit products take some eight times longer over those than over
+float32 ones: there a block of W at a time is widened. Elsewhere this is nn.Linear.
 """
+
+import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 256  # rows up to which W x^T was faster
+WIDEN = 3  # rows of 16 bits from which widening was faster
+BLOCK = 512  # outputs whose weights are widened at a time: they stay in the CPU's cache
+
+
+def emulates_half() -> bool:
+    """Whether 16-bit products are emulated: an x86 CPU without AVX-512."""
+    probe = getattr(torch.cpu, "_is_avx512_supported", None)
+    return platform.machine() in ("x86_64", "AMD64") and probe is not None and not probe()
+
+
+EMULATED = emulates_half()
 
 
 class Linear(nn.Linear):
-    """nn.Linear, x [rows, in] -> [rows, out], with forms for few rows on a CPU."""
+    """nn.Linear, x [.., in] -> [.., out], with faster forms on CPUs, which have no gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.ndim == 2 and len(x) <= FEW and x.device.type == "cpu"
-        if not few or torch.is_grad_enabled():
+        if x.device.type != "cpu" or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        one = len(x) == 1
-        out = torch.mv(self.weight, x[0])[None] if one else torch.mm(self.weight, x.T).T
+        rows = x.numel() // self.in_features
+        if EMULATED and x.dtype.itemsize == 2 and rows >= WIDEN:
+            return widened(x, self.weight, self.bias)
+        if x.ndim != 2 or rows > FEW:
+            return F.linear(x, self.weight, self.bias)
+        out = torch.mv(self.weight, x[0])[None] if rows == 1 else torch.mm(self.weight, x.T).T
         return out if self.bias is None else out + self.bias
+
+
+def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [.., in], weight [out, in] -> [.., out] of the same dtype, summed in float32."""
+    wide, out = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+    for a in range(0, len(weight), BLOCK):
+        part = slice(a, a + BLOCK)
+        out[..., part] = F.linear(
+            wide, weight[part].float(), None if bias is None else bias[part].float()
+        )
+    return out
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:

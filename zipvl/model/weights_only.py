@@ -103,8 +103,11 @@ def pack_weights(model: nn.Module, kind: str) -> int:
     """Gives the decoder's linear layers and the head packed copies; returns their bytes."""
     if kind == "full":
         return 0
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
-    packed = {name: PackedLinear(m, kind) for name, m in layers if fits(m, kind)}
+    decoder = [
+        (n, m) for n, m in model.named_modules() if not n.startswith(("vision", "projector"))
+    ]
+    layers = {name: m for name, m in decoder if isinstance(m, Linear) and fits(m, kind)}
+    packed = {name: PackedLinear(m, kind) for name, m in layers.items()}
     for name, layer in packed.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import VisionConfig
 from ..errors import ModelError
+from ..model.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -101,8 +102,8 @@ class Attention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width, self.num_heads = config.hidden_size, config.num_heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.k_proj = Linear(width, width), Linear(width, width)
+        self.v_proj, self.out_proj = Linear(width, width), Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -116,8 +117,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def projector(kind: str, vision_width: int, text_width: int, bias: bool) -> nn.S
             f"projector {kind!r} is not supported (linear, mlp2x_gelu and the like, identity are): "
             "check mm_projector_type in config.json"
         )
-    layers: list[nn.Module] = [nn.Linear(vision_width, text_width, bias=bias)]
+    layers: list[nn.Module] = [Linear(vision_width, text_width, bias=bias)]
     for _ in range(int(depth[1]) - 1 if depth else 0):
-        layers += [nn.GELU(), nn.Linear(text_width, text_width, bias=bias)]
+        layers += [nn.GELU(), Linear(text_width, text_width, bias=bias)]
     return nn.Sequential(*layers)
