@@ -224,13 +224,14 @@ def some_view(T: int = 90, H: int = 4, G: int = 2, D: int = 8) -> View:
     return View(1, 3, k, place, place % 3 > 0, lambda: q, lambda: v)
 
 
-def test_attention_is_the_mean_of_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "BLOCK", 17)
+def test_mass_of_all_rows_is_the_heads_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     view = some_view()
     scores = torch.einsum("htd,hsd->hts", view.q, view.k.repeat_interleave(2, 0)) / 8**0.5
     hidden = torch.ones(90, 90, dtype=torch.bool).triu(1)
-    want = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)
-    torch.testing.assert_close(study.attention(view), want)
+    want = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0).sum(0)
+    for block in (1, 4 * 90 * 17, 10**6):  # one row, 17 rows, all rows at a time
+        monkeypatch.setattr(study, "BLOCK", block)
+        torch.testing.assert_close(study.all_rows(view), want)
 
 
 def test_all_rows_find_themselves() -> None:

@@ -56,17 +56,21 @@ def things_of_frames(frames: int, most: int, rng: np.random.Generator) -> tuple[
 
 
 def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, grid: int,
-              rng: np.random.Generator, picture: bool = False,
-              chats: float = 0.1, drill: bool = True) -> Sequences:  # fmt: skip
-    """Random sequences of `frames` frames (a picture: one, unpooled, as OneVision packs it)."""
+              rng: np.random.Generator, picture: bool = False, chats: float = 0.1,
+              drill: bool = True, most: int = MOST,
+              kinds: tuple[str, ...] = ()) -> Sequences:  # fmt: skip
+    """Random sequences of `frames` frames (a picture: one, unpooled, as OneVision packs it).
+
+    `most` things a clip; `asked` questions of all kinds or of `kinds`, and the `drill`.
+    """
     visual = grid * grid + grid * (grid + 1) if picture else frames * (grid // 2) ** 2 + 1
     line = tok.encode("\n").ids
     every, rows, asked_of = [], [], []
     for _ in range(batch):
-        things, groups = things_of_frames(frames, MOST, rng)
-        questions = ask(things, asked, rng)
-        for kinds in DRILL if drill else ():
-            questions += ask(things, 1, rng, kinds)
+        things, groups = things_of_frames(frames, most, rng)
+        questions = ask(things, asked, rng, kinds)
+        for some in DRILL if drill else ():
+            questions += ask(things, 1, rng, some)
         chat = rng.random() < chats
         ids, part, target = [USER] + [0] * visual + line, [0] * (visual + 2), [-1] * (visual + 2)
         positions = list(range(len(ids)))
@@ -111,13 +115,17 @@ def embed(model: VLM, features: Tensor, batch: Sequences) -> Tensor:
     return torch.cat([x[:, :1], visual, x[:, 1 + batch.visual :]], dim=1)
 
 
-def hidden(text: Decoder, x: Tensor, batch: Sequences) -> Tensor:
-    """Hidden states [B, L, C]: Decoder.forward with the mask and positions of shared prefixes."""
+def hidden(text: Decoder, x: Tensor, batch: Sequences, weight: Tensor | None = None) -> Tensor:
+    """Hidden states [B, L, C]: Decoder.forward with the mask and positions of shared prefixes.
+
+    `weight` [B, L] is added to every logit of a key: log 5 makes a token count like five of it.
+    """
     b, length, width = x.shape
     order = torch.arange(length)
     same = batch.part[:, None, :] == batch.part[:, :, None]
     mask = (same | (batch.part[:, None, :] == 0)) & (order[None, :] <= order[:, None])
     bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None]  # [B, 1, L, L]
+    bias = bias if weight is None else bias + weight[:, None, None]
     config = text.config
     cos, sin = rope_table(batch.positions.flatten(), config, x.dtype)
 

@@ -1,5 +1,6 @@
 """What is asked: clips of the demo world, or needles hidden in long ones. Same seed, same items."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +29,13 @@ class Item:
     clips: tuple[Clip, ...]  # shown one after the other
     frames: int
 
+    def scenes(self, side: int) -> Iterator[Tensor]:
+        """The clips' frames, drawn as they are asked for. # uint8 [F, side, side, 3] each"""
+        return (render(clip, side) for clip in self.clips)
+
     def video(self, side: int) -> Tensor:
         """uint8 [F, side, side, 3]"""
-        return torch.cat([render(clip, side) for clip in self.clips])
+        return torch.cat(list(self.scenes(side)))
 
 
 def world_items(kinds: tuple[str, ...], frames: int, samples: int, seed: int) -> list[Item]:
@@ -47,11 +52,12 @@ def world_items(kinds: tuple[str, ...], frames: int, samples: int, seed: int) ->
     return items
 
 
-def needle_items(frames: int, samples: int, seed: int) -> list[Item]:
+def needle_items(frames: int, samples: int, seed: int,
+                 depths: Sequence[float] = DEPTHS) -> list[Item]:  # fmt: skip
     """V-NIAH: one frame with a sticker, at each depth in turn, in changing scenes without any."""
     items = []
     for number in range(samples):
-        rng, depth = np.random.default_rng([seed, frames, number, 1]), DEPTHS[number % len(DEPTHS)]
+        rng, depth = np.random.default_rng([seed, frames, number, 1]), depths[number % len(depths)]
         at, thing = round(depth * (frames - 1)), some_things(1, rng)[0]
         clips = []
         for start in range(0, frames, SCENE):

@@ -1,40 +1,136 @@
 """Item 5: one frame in a long video (V-NIAH): accuracy, kept share and probe error against length.
 
+    python -m zipvl.demo.long CACHE --out long      # a model that can: half an hour
+    python -m zipvl.experiments niah -m long --frames 64,256,1024,4096,25000 --samples 24
+
 With 128 probe rows, and with a number that grows as the square root of the prompt (128 at 1,024).
+The error of the probes is measured while `dense` answers. A length has at most PROMPTS tokens of
+prompts, but a question at every depth.
 """
 
-from . import clips, draw, study
-from .job import Job
-from .probes import look
+from collections.abc import Sequence
+from typing import Any, cast
 
-METHODS = ("dense", "zipvl:tau=0.975", "ideas.py:SqrtProbes:tau=0.975,fill=zero",
-           "zipvl+:tau=0.975", "fixed:ratio=0.5")  # fmt: skip
+import numpy as np
+import torch
+
+from ..engine.inputs import Inputs, Media
+from ..engine.run import Result
+from ..eval import LARGEST
+from ..evaluation.tasks import Item, needle_items
+from ..vision.packing import count_tokens_video, pack_video
+from . import clips, draw, stats, study
+from .job import Job, Record, policy
+
+METHODS = ("zipvl:tau=0.975", "ideas.py:SqrtProbes:tau=0.975,fill=zero")
+NAMES = dict(zip(METHODS, ("zipvl, 64 + 64 probes", "zipvl, sqrt(T) probes"), strict=True))
+TAU = 0.975  # of the sets that probes are judged by
+DEPTHS = tuple(i / 7 for i in range(8))
+PROMPTS = 800_000
+CHOICES = ("64 recent + 64 random", "sqrt(T)", "0 recent + 128 random", "128 recent + 0 random")
+COLUMNS = {
+    "frames": "frames", "prompt": "prompt tokens", "method": "method", "samples": "questions",
+    "accuracy": "accuracy (95 %)", "visual": "visual kept (95 %)",
+    "work": "attention work (95 %)", "kv_bytes": "cache bytes",
+}  # fmt: skip
+
+
+@torch.inference_mode()
+def watch(job: Job, item: Item) -> Inputs:
+    """A question about a video that is drawn and encoded scene by scene, never held as pixels."""
+    engine, model, parts = job.engine, job.engine.model, []
+    side = min(2 * engine.config.media.size, LARGEST)
+    for scene in item.scenes(side):
+        crops = engine.prepare("", video=scene.numpy(), frames=len(scene)).media[0].crops
+        parts.append(model.features(crops, pool=True))
+    tokens = pack_video(torch.cat(parts), engine.config.media, model.image_newline)
+    media = Media("video", crops[:0], None, len(tokens), features=tokens)
+    return engine.prepare(item.question, video=media)
+
+
+def questions(job: Job) -> dict[str, Item]:
+    """The needles of every length, by FRAMES/NUMBER."""
+    out: dict[str, Item] = {}
+    config = job.engine.config
+    for frames in job.frames:
+        tokens = count_tokens_video(frames, config.media, config.vision)
+        count = min(job.samples, max(len(DEPTHS), PROMPTS // tokens))
+        some = needle_items(frames, count, job.seed, DEPTHS)
+        out |= {f"{frames}/{i}": item for i, item in enumerate(some)}
+    return out
+
+
+def records(job: Job, methods: Sequence[str]) -> list[Record]:
+    """Every method's answer to every question, with seconds; those of dense with the probes'."""
+    items = questions(job)
+
+    def measure(ready: Any, method: str) -> list[Record]:
+        item, inputs = ready
+        looking = study.Study(TAU, study.methods(TAU, len(inputs), job.seed))
+        how = looking if method == "dense" else policy(method)
+        out = cast(Result, job.engine.generate(inputs, how, max_new_tokens=clips.ANSWER))
+        spent = out.stats.seconds
+        record = clips.answer_record(item, out) | {"given": out.text, "seconds": spent["prefill"]}
+        if method == "dense":  # that choosing sets takes long is not the fault of dense attention
+            record["choices"] = looking.record()
+            record["seconds"] -= spent["prefill_select"]
+        return [record]
+
+    return job.records(
+        items, methods, lambda units: (items[units[0]], watch(job, items[units[0]])), measure
+    )
+
+
+def rows(found: list[Record], *more: str) -> list[Record]:
+    """A row for each frame count and method, and value of the keys `more`, with intervals."""
+    out = []
+    for key, some in clips.grouped(found, "frames", "method", *more).items():
+        means = {m: stats.mean([float(np.mean(r[m])) for r in some]) for m in ("visual", "work")}
+        out.append(dict(zip(("frames", "method", *more), key, strict=True)) | means | {
+            "samples": len(some),
+            "accuracy": stats.share([r["ok"] for r in some]),
+            "by_layer": np.mean([r["visual"] for r in some], axis=0).tolist(),
+            "kv_bytes": clips.average(some, "kv_bytes"),
+            "prompt": clips.average(some, "prompt"),
+        })  # fmt: skip
+    return out
 
 
 def run(job: Job) -> None:
-    methods = job.methods or METHODS
-    found = clips.records(job, methods, "niah", {"study": lambda i: look(job, i)})
-    table = clips.rows([r for r in found if r["method"] != "study"])
-    depths = clips.rows([r for r in found if r["method"] != "study"], "kind")
-    sets = study.rows([r for r in found if r["method"] == "study"], "frames")
-    job.finish(table, clips.COLUMNS, by_depth=depths, sets=sets)
-    with draw.panels(1, 3, 4.4) as (fig, (found_axes, kept, error)):
+    methods = ("dense", *(job.methods or METHODS))
+    found = records(job, methods)
+    table, depths = rows(found), rows(found, "kind")
+    sets = study.rows([r for r in found if r["method"] == "dense"], "frames")
+    seconds = {f"{n} {m}": clips.average(some, "seconds")
+               for (n, m), some in clips.grouped(found, "frames", "method").items()}  # fmt: skip
+    job.finish(table, COLUMNS, {"prefill_seconds": stats.rounded(seconds, 2)},
+               by_depth=depths, sets=sets)  # fmt: skip
+    figure(job, table, sets)
+
+
+def figure(job: Job, table: list[Record], sets: list[Record]) -> None:
+    """Accuracy and kept share by method, recall and error of p by choice of probes."""
+    tokens = {r["frames"]: r["prompt"] for r in table}
+    with draw.panels(2, 2, 5.2, 3.6) as (fig, axes):
+        right, kept, recall, error = axes.flat
         for (method,), some in clips.grouped(table, "method").items():
-            x = [r["prompt"] for r in some]
-            name = method.removeprefix("ideas.py:")
-            draw.curve(found_axes, x, [r["accuracy"] for r in some], name, 100)
+            x, name = [r["prompt"] for r in some], NAMES.get(method, method)
+            draw.curve(right, x, [r["accuracy"] for r in some], name, 100)
             if method != "dense":
-                kept.plot(x, [100 * r["visual"] for r in some], marker="o", ms=4, label=name)
-        length = {r["frames"]: r["prompt"] for r in table}
-        for name in ("64 recent + 64 random", "128 recent", "sqrt(T)"):
+                draw.curve(kept, x, [r["visual"] for r in some], name, 100)
+        for name in CHOICES:
             mine = [r for r in sets if r["choice"].startswith(name)]
-            x = [length[r["frames"]] for r in mine]
-            draw.curve(error, x, [r["error"] for r in mine], name, 100)
-        found_axes.set(ylabel="needle named, % (95 %)", ylim=(0, 102))
-        kept.set(ylabel="visual tokens kept, %", ylim=(0, 102))
+            x, label = [tokens[r["frames"]] for r in mine], name.replace("0 recent + ", "")
+            draw.curve(recall, x, [r["recall"] for r in mine], label, 100)
+            draw.curve(error, x, [r["error"] for r in mine], label, 100)
+        right.set(ylabel="needle named, % (95 %)", ylim=(0, 102))
+        kept.set(ylabel="visual tokens kept, % (95 %)", ylim=(0, 102))
+        recall.set(ylabel="recall of the all-rows set, % (95 %)")
         error.set(ylabel="error of p, % of the all-rows p (95 %)")
-        for axes in (found_axes, kept, error):
-            axes.set(xlabel="prompt tokens", xscale="log")
-            axes.legend(fontsize=7)
-        fig.suptitle(clips.title(job, "one frame in a long video"))
+        for one in axes.flat:
+            one.set(xlabel="prompt tokens", xscale="log")
+            one.legend()
+        counts = {r["frames"]: r["samples"] for r in table}
+        asked = ", ".join(f"{n} of {f:,} frames" for f, n in counts.items())
+        fig.suptitle(f"one frame in a long video ({job.settings()['model']}; questions: {asked})")
         fig.savefig(job.out / "figure.png")

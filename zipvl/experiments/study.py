@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.scores import count_seen
+from ..model.scores import count_seen, probe_mass
 from ..policies.zipvl import ZipVL
 from ..policy import Plan, Policy, View
 from . import draw, stats
 from .job import Job, Record
 
 CHOICES = ((64, 64), (64, 0), (0, 64), (128, 0), (0, 128), (32, 32), (16, 16))
-BLOCK = 256  # rows of attention at a time
+BLOCK = 8 << 20  # attention probabilities at a time
 MEASURES = ("recall", "covered", "error", "kept")
 SHOWN = {  # choices against length, and how the figure calls them
     "64 recent + 64 random": "64 recent + 64 random (paper)",
@@ -27,24 +27,27 @@ SHOWN = {  # choices against length, and how the figure calls them
 }
 
 
-def attention(view: View) -> Tensor:
-    """Mean over heads of the whole causal attention, [T, T] float32; BLOCK rows at a time."""
-    T, H = view.length, view.q.shape[0]
-    k = view.k.repeat_interleave(H // len(view.k), 0).float()  # [H, T, D]
-    out, place = torch.zeros(T, T, device=k.device), torch.arange(T, device=k.device)
-    for rows in place.split(BLOCK):
-        seen = place[: rows[-1] + 1]
-        scores = view.q[:, rows].float() @ k[:, seen].transpose(1, 2) / math.sqrt(k.shape[-1])
-        scores.masked_fill_(seen > rows[:, None], -math.inf)
-        out[rows, : len(seen)] = scores.softmax(-1).mean(0)
-    return out
+def all_rows(view: View) -> Tensor:
+    """Mass [T] float32 that tokens receive from every row, mean over heads; never [T, T]."""
+    (H, T, D), G = view.q.shape, len(view.k)
+    q, k = view.q.float() / math.sqrt(D), view.k.float().mT.contiguous()  # [H, T, D], [G, D, T]
+    mass = torch.zeros(T, device=q.device)
+    for rows in torch.arange(T, device=q.device).split(max(1, BLOCK // (H * T))):
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        block = q[:, start:stop].unflatten(0, (G, -1)).flatten(1, 2)  # [G, H/G rows, D]
+        scores = (block @ k[:, :, :stop]).view(H, len(rows), stop)
+        scores[:, :, start:].masked_fill_(rows > rows[:, None], -math.inf)
+        mass[:stop] += scores.softmax(-1).sum((0, 1)) / H
+    return mass
 
 
-def chosen(view: View, a: Tensor, method: ZipVL) -> tuple[Tensor, int]:
-    """The tokens [p] `method` picks when it sees its probe rows of `a` [T, T], and its p."""
+def chosen(view: View, whole: Tensor, method: ZipVL) -> tuple[Tensor, int]:
+    """The tokens [p] `method` picks by its probe rows, and its p; `whole` [T] is all_rows()."""
     rows = method.probe(view)
     assert rows is not None
-    mass, seen = a[rows].sum(0), count_seen(rows, view.length)
+    q, k = view.q.transpose(0, 1), view.k.transpose(0, 1)
+    mass = whole if len(rows) == view.length else probe_mass(q[rows], k, rows).mean(0)
+    seen = count_seen(rows, view.length)
     kept = method.plan(replace(view, mass=mass[None], seen=seen)).attend
     assert kept is not None
     return kept, method.budget(mass)
@@ -62,11 +65,11 @@ class Study(Policy):
         self.found: dict[str, list[list[float]]] = {name: [] for name in methods}
 
     def plan(self, view: View) -> Plan:
-        a = attention(view)
-        true, p = chosen(view, a, ZipVL(self.tau, view.length, 0, "none"))
-        share = a.sum(0) / a.sum()
+        whole = all_rows(view)
+        true, p = chosen(view, whole, ZipVL(self.tau, view.length, 0, "none"))
+        share = whole / whole.sum()
         for name, method in self.methods.items():
-            kept, n = chosen(view, a, method)
+            kept, n = chosen(view, whole, method)
             recall = float(torch.isin(true, kept).float().mean())
             covered = float(share[kept].sum())
             self.found[name].append([recall, covered, n / p - 1, n / view.length])
