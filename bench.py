@@ -8,6 +8,7 @@
     python bench.py batch   --tokens 2048 --batch 1,2,4,8 --ratios 1,0.3
     python bench.py memory  --tokens 2048,8192 --methods dense,fixed:ratio=0.3
     python bench.py e2e     --frames 8,32 --methods dense,zipvl [--model PATH] [--video FILE]
+    python bench.py frames  --frames 64,512 [--model PATH] [--video FILE]
 
 Weights are random, in the shape of a real model, so speed is real and answers are not. Every figure
 is a median with its minimum and maximum over interleaved repeats; ratios are taken within a repeat,
@@ -20,16 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zipvl.benchmark.batch import bench_batch
-from zipvl.benchmark.benches import (
-    bench_decode,
-    bench_linear,
-    bench_prefill,
-    bench_projections,
-)
+from zipvl.benchmark.benches import bench_decode, bench_prefill
 from zipvl.benchmark.e2e import bench_e2e
+from zipvl.benchmark.frames import bench_frames
 from zipvl.benchmark.memory import bench_memory
 from zipvl.benchmark.model import DTYPES, SHAPES, Model
 from zipvl.benchmark.plot import draw
+from zipvl.benchmark.products import bench_linear, bench_projections
 from zipvl.benchmark.timing import CLOCKS, machine, spread
 from zipvl.engine.stats import peak_memory
 
@@ -40,7 +38,11 @@ BENCHES = {
     "linear": bench_linear,
     "batch": bench_batch,
 }
-ALONE = {"memory": bench_memory, "e2e": bench_e2e}  # these make the models they need
+ALONE = {
+    "memory": bench_memory,
+    "e2e": bench_e2e,
+    "frames": bench_frames,
+}  # these make the models they need
 
 
 def numbers(kind: type) -> Callable[[str], list]:
@@ -58,7 +60,9 @@ def main() -> None:
     parser.add_argument("--batch", type=numbers(int), default=[1])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=["dense"])
     parser.add_argument("--ratios", type=numbers(float), default=[1.0])
-    parser.add_argument("--frames", type=numbers(int), default=[8], help="of the video (e2e)")
+    parser.add_argument(
+        "--frames", type=numbers(int), default=[8], help="of the video (e2e, frames)"
+    )
     parser.add_argument("--video", type=Path, help="e2e: a file; default the bundled clip")
     parser.add_argument("--model", help="e2e: a checkpoint instead of a random model")
     parser.add_argument(
@@ -116,7 +120,11 @@ def line(row: dict) -> str:
         parts.append(f"{spread(row['seconds'])} s")
     if "stages" in row:
         parts += [f"{stage} {value:.3f}" for stage, value in row["stages"].items()]
+        parts.append(f"sum {row['covered']:.1%} of all")
         parts.append(f"first token {spread(row['first_token'])} s")
+    if "crops" in row:
+        names = ("read", "encode", "crops", "features", "file_pixels")
+        parts += [f"{name} {row[name] / 1e6:.0f} MB" for name in names]
     if "formula" in row:
         sizes = [f"{name} {value / 1e6:.0f}" for name, value in row["formula"].items()]
         parts.append(", ".join(sizes) + " MB")
@@ -136,6 +144,11 @@ def line(row: dict) -> str:
     if "share" in row:
         probe = row["share"].get("probe", 0) + row["share"].get("select", 0)
         parts.append(f"ratio {row['ratio']:.2f}, work {row['work']:.3f}, probe+select {probe:.1%}")
+    if "peak_share" in row:
+        peak = row["peak_flops"] / 1e9
+        parts.append(f"{row['peak_share']:.0%} of {peak:.0f} GFLOP/s, the peak of products")
+    if "free_attention" in row:
+        parts.append(f"dense would be {row['free_attention']:.2f}x faster were attention free")
     parts += [f"{value} of {base}'s throughput" for base, value in row.get("gain", {}).items()]
     parts += [f"{value} faster than {base}" for base, value in row.get("faster_than", {}).items()]
     return " | ".join(parts)

@@ -1,4 +1,4 @@
-"""What is measured: prefill, decode, and the forms of a matrix product with few rows."""
+"""Prefill and decode, measured next to transformers on the same weights."""
 
 import argparse
 import statistics
@@ -6,22 +6,21 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.attention import Attention
 from ..model.decoder import Prefilled
-from ..model.pack import Pack
+from ..model.linear import Linear
 from ..policy import load_policy
 from .model import Model
 from .rival import build_rival, rival_prefill, rival_steps
-from .timing import Factory, Row, interleaved, ratios, read_bandwidth
+from .timing import Factory, Row, interleaved, product_peak, ratios, read_bandwidth
 
 
 @torch.inference_mode()
 def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
     """Time to the first token's logits, cache included."""
     rival, rows = build_rival(model) if args.rival else None, []
+    peak = product_peak(model.device, model.dtype, args.clock)
     for tokens in args.tokens:
         ids = torch.randint(model.config.vocab_size, (tokens,), device=model.device)
         last: dict[str, Prefilled] = {}
@@ -38,7 +37,25 @@ def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
                 "tokens_per_second": tokens / statistics.median(values),
                 **details, **ratios(seconds, name),
             })  # fmt: skip
+        add_bounds(rows[-len(seconds) :], model, tokens, peak)
     return rows
+
+
+def add_bounds(rows: list[Row], model: Model, tokens: int, peak: float) -> None:
+    """How near the rows of one length are to what bounds them: dense prefill to the peak of matrix
+    products, sparse prefill to dense prefill if its attention took no time. The second is no strict
+    bound, since tokens that a layer leaves out skip some projections, too."""
+    c = model.config
+    weights = sum(m.weight.numel() for m in model.decoder.modules() if isinstance(m, Linear))
+    attention = 2 * c.num_layers * c.num_heads * c.head_dim * tokens * (tokens + 1)
+    flops = 2 * tokens * weights + attention + 2 * model.lm_head.weight.numel()
+    dense = next((row for row in rows if row["run"] == "dense"), None)
+    for row in rows:
+        if row is dense or row["run"] == "transformers":
+            row["peak_flops"] = peak
+            row["peak_share"] = flops / statistics.median(row["seconds"]) / peak
+        elif dense:
+            row["free_attention"] = 1 / (1 - dense["share"]["attend"])
 
 
 def our_prefill(model: Model, ids: Tensor, method: str, last: dict) -> Callable[[], object]:
@@ -114,70 +131,5 @@ def our_steps(model: Model, prompts: list[int], kept: list[int], new: int) -> Ca
             x = model.decoder.embed_tokens(token)
             hidden = model.decoder.decode(x, ends + step, caches, policy, model.attend)
             token = model.logits(hidden).argmax(-1)
-
-    return work
-
-
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "F.linear": lambda w, x: F.linear(x, w),
-    "mm(W, x.T).T": lambda w, x: torch.mm(w, x.T).T,
-    "mv": lambda w, x: torch.mv(w, x[0]),
-}
-
-
-@torch.inference_mode()
-def bench_linear(model: Model, args: argparse.Namespace) -> list[Row]:
-    """The forms of a matrix product with few rows, over all linear layers of the model."""
-    weights = [m.weight for m in model.decoder.modules() if isinstance(m, torch.nn.Linear)]
-    moved = sum(w.nbytes for w in weights)
-    rows = []
-    for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        xs = {w.shape[1]: torch.randn(count, w.shape[1], dtype=model.dtype) for w in weights}
-        forms = {name: form for name, form in FORMS.items() if count == 1 or name != "mv"}
-        runs: dict[str, Factory] = {
-            name: partial(every_product, form, weights, xs) for name, form in forms.items()
-        }
-        seconds = interleaved(model.device, args.clock, runs, args.repeats)
-        rows += [
-            {"bench": "linear", "rows": count, "run": name, "seconds": values,
-             "bytes_per_second": moved / min(values), **ratios(seconds, name)}
-            for name, values in seconds.items()
-        ]  # fmt: skip
-    return rows
-
-
-def every_product(form: Callable, weights: list[Tensor], xs: dict[int, Tensor]) -> Callable:
-    return lambda: [form(w, xs[w.shape[1]]) for w in weights]
-
-
-@torch.inference_mode()
-def bench_projections(model: Model, args: argparse.Namespace) -> list[Row]:
-    """One layer's query, value and output projections for all tokens, and for kept ones only."""
-    layer = next(model.decoder.blocks()).self_attn
-    rows = []
-    for tokens in args.tokens:
-        x = torch.randn(tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        pack = model.pack(tokens)
-        kept = {f"ratio {r:g}": int(tokens * r) for r in args.ratios}
-        runs: dict[str, Factory] = {
-            name: partial(
-                some_projections, layer, x, pack, torch.randperm(tokens)[:count].sort()[0]
-            )
-            for name, count in kept.items()
-        }
-        seconds = interleaved(model.device, args.clock, runs, args.repeats)
-        rows += [
-            {"bench": "projections", "tokens": tokens, "batch": 1, "run": name, "seconds": values,
-             **ratios(seconds, name)}
-            for name, values in seconds.items()
-        ]  # fmt: skip
-    return rows
-
-
-def some_projections(layer: Attention, x: Tensor, pack: Pack, rows: Tensor) -> Callable:
-    def work() -> None:
-        q = layer.queries(x, pack, rows)
-        layer.values(x, pack, [rows])
-        layer.o_proj(q.flatten(1))
 
     return work

@@ -65,6 +65,17 @@ def read_bandwidth(device: torch.device, clock: str) -> float:
     return x.nbytes / min(timed(device, clock, x.sum) for _ in range(8))
 
 
+def product_peak(device: torch.device, dtype: torch.dtype, clock: str) -> float:
+    """FLOP a second of the machine's fastest large matrix product, in `dtype` or float32."""
+    rows, width = 8192 if device.type == "cuda" else 512, 4096
+
+    def peak(kind: torch.dtype) -> float:
+        x, w = (torch.ones(n, width, dtype=kind, device=device) for n in (rows, width))
+        return 2 * rows * width**2 / min(timed(device, clock, lambda: x @ w.T) for _ in range(4))
+
+    return max(peak(kind) for kind in {dtype, torch.float32})
+
+
 def ratios(seconds: dict[str, list[float]], name: str) -> dict:
     """Speed-up of this run over the others of the same repeat."""
     return {"faster_than": {base: versus(seconds, base, name) for base in seconds if base != name}}
