@@ -3,12 +3,15 @@
 With `fill=own` every token still looks at the kept keys, so what is lost then is lost by keys.
 """
 
+from typing import Any
+
 import numpy as np
 
 from . import clips, draw
-from .job import Job
+from .job import Job, Record
 
 ALWAYS, FILLS, TAUS = ("text", "last", "none"), ("zero", "own", "previous"), (0.8, 0.975)
+SHOWN = TAUS[-1]
 NAMES = {"zero": "nothing (paper)", "own": "own query, kept keys", "previous": "earlier output"}
 
 
@@ -18,25 +21,28 @@ def run(job: Job) -> None:
     found = clips.records(job, list(named.values()))
     table, kinds = clips.rows(found), clips.rows(found, "kind")
     job.finish(table, clips.COLUMNS, by_kind=kinds)
-    last = job.frames[-1]
-    whole = {r["method"]: r["accuracy"] for r in table if r["frames"] == last}
-    cells = {(r["method"], r["kind"]): r["accuracy"]["value"] for r in kinds if r["frames"] == last}
-    names = list(dict.fromkeys(r["kind"] for r in kinds))
-    with draw.panels(1, 2, 5.6) as (fig, (left, right)):
-        for i, fill in enumerate(FILLS):
-            bars = [whole[named[TAUS[-1], a, fill]] for a in ALWAYS]
-            values, spread = draw.spread(bars, 100)
-            left.bar(np.arange(len(ALWAYS)) + 0.27 * (i - 1), values, 0.25, yerr=spread,
-                     capsize=2, label=f"left out: {NAMES[fill]}")  # fmt: skip
-        left.axhline(100 * whole["dense"]["value"], color="black", lw=1, ls="--")
-        left.set_xticks(range(len(ALWAYS)), [f"always={a}" for a in ALWAYS])
-        left.set(ylabel=f"exact answers, % (95 %), {last} frames, tau {TAUS[-1]}", ylim=(0, 118))
-        left.legend(loc="upper center", ncols=2)
-        shown = [("dense", "dense")] + [
-            (f"{a}, {f}", named[TAUS[-1], a, f]) for a in ALWAYS for f in ("zero", "own")
-        ]
-        grid = [[100 * cells[m, k] for k in names] for _, m in shown]
-        draw.heat(right, grid, [label for label, _ in shown], names,
-                  f"exact answers, %, by kind, tau {TAUS[-1]}")  # fmt: skip
-        fig.suptitle(clips.title(job, "always kept"))
+    with draw.panels(1, len(job.frames) + 1, 5) as (fig, (*bars, heat)):
+        for axes, n in zip(bars, job.frames, strict=True):
+            whole = {r["method"]: r["accuracy"] for r in table if r["frames"] == n}
+            for i, fill in enumerate(FILLS):
+                values, spread = draw.spread([whole[named[SHOWN, a, fill]] for a in ALWAYS], 100)
+                axes.bar(np.arange(len(ALWAYS)) + 0.27 * (i - 1), values, 0.25, yerr=spread,
+                         capsize=2, label=f"left out: {NAMES[fill]}")  # fmt: skip
+            axes.axhline(100 * whole["dense"]["value"], color="black", lw=1, ls="--", label="dense")
+            axes.set_xticks(range(len(ALWAYS)), [f"always={a}" for a in ALWAYS])
+            axes.set(ylabel="exact answers, % (95 %)", ylim=(0, 128), yticks=range(0, 101, 20),
+                     title=f"{n} frames, tau {SHOWN}")  # fmt: skip
+            axes.legend(loc="upper center", ncols=2)
+        by_kind(heat, [r for r in kinds if r["frames"] == job.frames[-1]], named)
+        fig.suptitle(clips.title(job, "which tokens always stay"))
         fig.savefig(job.out / "figure.png")
+
+
+def by_kind(axes: Any, some: list[Record], named: dict[tuple[float, str, str], str]) -> None:
+    cells = {(r["method"], r["kind"]): r["accuracy"]["value"] for r in some}
+    names = list(dict.fromkeys(r["kind"] for r in some))
+    shown = {f"{a}, {NAMES[f].split(' (')[0]}": named[SHOWN, a, f]
+             for a in ALWAYS for f in ("zero", "own")}  # fmt: skip
+    grid = [[100 * cells[m, k] for k in names] for m in ("dense", *shown.values())]
+    what = f"{some[0]['frames']} frames, {min(r['samples'] for r in some)} a kind"
+    draw.heat(axes, grid, ["dense", *shown], names, f"exact answers, %, {what}")

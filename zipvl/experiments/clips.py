@@ -92,12 +92,13 @@ def rows(found: list[Record], *more: str) -> list[Record]:
     dense = {r["unit"]: r["ok"] for r in found if r["method"] == "dense"}
     out = []
     for key, some in grouped(found, "frames", "method", *more).items():
-        out.append(dict(zip(("frames", "method", *more), key, strict=True)) | {
+        layers = np.mean([r["ratios"] for r in some], axis=0).tolist()
+        by_layer = {} if more else {"kept_per_layer": layers}
+        out.append(dict(zip(("frames", "method", *more), key, strict=True)) | by_layer | {
             "samples": len(some),
             "accuracy": stats.share([r["ok"] for r in some]),
             "change": stats.mean([float(r["ok"]) - dense[r["unit"]] for r in some]),
             "kept": average(some, "ratios"),
-            "kept_per_layer": np.mean([r["ratios"] for r in some], axis=0).tolist(),
             "visual": average(some, "visual"),
             "work": average(some, "work"),
             "kv_bytes": average(some, "kv_bytes"),
