@@ -24,6 +24,7 @@ OUTSIDE_CORE = ("demo", "benchmark", "evaluation", "eval.py", "experiments", "te
 MAKERS = {  # scripts that made the bundled demo: they need av, and read caches they wrote themselves
     "zipvl/demo/media.py": "av",
     "zipvl/demo/sources.py": "av",
+    "zipvl/demo/long.py": "torch.load",
     "zipvl/demo/train.py": "torch.load",
 }
 OPTIONAL = ("av", "decord", "matplotlib", "transformers", "flash_attn", "huggingface_hub")
