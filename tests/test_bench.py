@@ -16,6 +16,7 @@ from zipvl.benchmark.e2e import PROMPT, random_inputs
 from zipvl.benchmark.model import Model
 from zipvl.benchmark.rival import build_rival
 from zipvl.benchmark.vlm import random_engine
+from zipvl.engine.stats import Clock
 
 COMMON = ["--shape", "tiny", "--dtype", "float32", "--repeats", "2"]
 
@@ -68,8 +69,9 @@ def test_stages_from_file_to_token(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = run(words, tmp_path, monkeypatch)
     assert [(r["frames"], r["tokens"]) for r in rows] == [(2, 72), (2, 72), (5, 84), (5, 84)]
     for row in rows:
-        assert set(row["stages"]) == {"read", "encode", "prefill", "decode"}
+        assert list(row["stages"]) == ["read", "resize", "encode", "prefill", "first", "decode"]
         assert all(value > 0 for value in row["stages"].values())
+        assert 0.6 < row["covered"] <= 1
         for first, whole in zip(row["first_token"], row["seconds"], strict=True):
             assert 0 < first < whole
         assert row["ratio"] == (1 if row["run"] == "dense" else pytest.approx(0.82, abs=0.1))
@@ -102,11 +104,25 @@ def test_memory_of_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sparse["share_of_card"] < dense["share_of_card"] < 1
 
 
+def test_frames_are_shrunk_as_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """160 frames are 71 MB as decoded and 1.5 MB as the tower takes them."""
+    [row] = run(["frames", "--frames", "160"], tmp_path, monkeypatch)
+    assert row["crops"] == 160 * 56 * 56 * 3
+    assert row["file_pixels"] == 160 * 384 * 384 * 3
+    assert row["features"] == (row["tokens"] - 64) * 64 * 4
+    assert 0 <= row["read"] < row["file_pixels"]  # most of it the decoder's own
+    assert 0 <= row["encode"] < row["file_pixels"]
+
+
 @torch.inference_mode()
 def test_a_random_engine_answers_a_ragged_batch_as_one_by_one() -> None:
     engine = random_engine("tiny", "cpu", torch.float32, "auto", None)
     clip = str(zipvl.demo_clip())
-    batch = [random_inputs(engine, clip, frames) for frames in (9, 1, 30)]
+    batch = [
+        random_inputs(engine, clip, frames, Clock(engine.model.device)) for frames in (9, 1, 30)
+    ]
     assert len({len(i) for i in batch}) == 3
     for method in ("dense", "zipvl", "fixed:ratio=0.3"):
         together = engine.generate(batch, method, max_new_tokens=6)

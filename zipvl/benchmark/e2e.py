@@ -1,30 +1,41 @@
-"""From a video file to the last token, by stage: read, encode, prefill, decode.
+"""From a video file to the last token, by stage.
 
-The engine itself runs, on a checkpoint or on a random model of a named shape; nothing is kept
-between runs, so each reads its file and encodes its frames again.
+    read      decoding the file's frames
+    resize    each to the size the vision tower takes
+    encode    tower and projector
+    prefill   the decoder over the prompt
+    first     what else passes before the first token: the head, checks, choosing
+    decode    all further tokens
+
+`covered` is the sum of the stages over the whole, which is measured around them: what it lacks of 1
+is tokenising and bookkeeping. The engine itself runs, on a checkpoint or on a random model of a
+named shape; nothing is kept between runs, so each reads its file and encodes its frames again.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..engine.engine import Engine
-from ..engine.inputs import Inputs, read_clip
+from ..engine.inputs import Inputs, Media
 from ..engine.load import demo_clip, load
-from ..engine.progress import Progress
 from ..engine.run import Run
 from ..engine.sampler import Sampling
+from ..engine.stats import Clock
 from ..policy import load_policy
+from ..vision.image import fit_frame
+from ..vision.packing import count_tokens_video
+from ..vision.video import read_video
 from .model import DTYPES, QUESTION
 from .timing import Factory, Row, interleaved, ratios, spread
 from .vlm import random_engine
 
-STAGES = {"read": "video", "encode": "vision", "prefill": "prefill", "decode": "decode"}
+STAGES = ("read", "resize", "encode", "prefill", "first", "decode")
 PROMPT = "What happens in this video?"
 
 
@@ -56,20 +67,30 @@ def bench_e2e(args: argparse.Namespace) -> list[Row]:
 
 
 def answer(
-    engine: Engine, prepare: Callable[[], Inputs], method: str, new: int, found: list[Row]
+    engine: Engine, prepare: Callable[[Clock], Inputs], method: str, new: int, found: list[Row]
 ) -> Callable[[], object]:
     """Work that asks once and adds what it measured to `found`."""
 
     def work() -> None:
-        began, first = time.perf_counter(), 0.0
-        inputs = prepare()
-        run = Run(engine, [inputs], load_policy(method), Sampling())
-        for _ in run.steps(new, ignore_eos=True):
-            first = first or time.perf_counter() - began
-        stats = run.result(0).stats
+        clock = Clock(engine.model.device)
+        began = clock.now()
+        inputs = prepare(clock)
+        run, asked = Run(engine, [inputs], load_policy(method), Sampling()), clock.now()
+        steps = run.steps(new, ignore_eos=True)
+        next(steps)
+        first, choosing = clock.now(), run.seconds["decode"]
+        for _ in steps:
+            pass
+        total, stats = clock.now() - began, run.result(0).stats
+        stages = clock.pop() | {
+            "encode": stats.seconds["vision"],
+            "prefill": stats.seconds["prefill"],
+            "first": first - asked - stats.seconds["vision"] - stats.seconds["prefill"],
+            "decode": stats.seconds["decode"] - choosing,
+        }
         found.append({
-            "first_token": first,
-            "stages": {stage: stats.seconds[name] for stage, name in STAGES.items()},
+            "first_token": first - began, "stages": {name: stages[name] for name in STAGES},
+            "covered": sum(stages.values()) / total,
             "tokens": len(inputs), "new": new, "ratio": stats.ratio, "work": stats.attention_work,
             "kv_bytes": stats.kv_bytes, "peak_memory": stats.peak_memory,
         })  # fmt: skip
@@ -81,18 +102,33 @@ def middle(found: list[Row]) -> Row:
     """Medians over the repeats, warm-up left out; what does not vary, from the last."""
     stages = {s: statistics.median(row["stages"][s] for row in found) for s in STAGES}
     first = [row["first_token"] for row in found]
-    return found[-1] | {"stages": stages, "first_token": first, "first_token_text": spread(first)}
+    covered = statistics.median(row["covered"] for row in found)
+    return found[-1] | {"stages": stages, "covered": covered, "first_token": first,
+                        "first_token_text": spread(first)}  # fmt: skip
 
 
-def checkpoint_inputs(engine: Engine, path: str, frames: int) -> Inputs:
-    return engine.prepare(PROMPT, video=path, frames=frames)
+def timed_clip(engine: Engine, path: str, frames: int, clock: Clock) -> Media:
+    """What `read_clip` makes, with the seconds of decoding and resizing apart."""
+    media = engine.config.media
+
+    def fit(picture: np.ndarray) -> np.ndarray:
+        with clock("resize"):
+            return fit_frame(picture, media)
+
+    with clock("read"):
+        clip = read_video(path, frames, fit=fit)
+    clock.seconds["read"] -= clock.seconds["resize"]
+    tokens = count_tokens_video(len(clip.frames), media, engine.config.vision)
+    return Media("video", torch.from_numpy(clip.frames), None, tokens, clip)
 
 
-def random_inputs(engine: Engine, path: str, frames: int) -> Inputs:
+def checkpoint_inputs(engine: Engine, path: str, frames: int, clock: Clock) -> Inputs:
+    return engine.prepare(PROMPT, video=timed_clip(engine, path, frames, clock))
+
+
+def random_inputs(engine: Engine, path: str, frames: int, clock: Clock) -> Inputs:
     """The frames' tokens, then a question of random ones."""
-    began = time.perf_counter()
-    clip = read_clip(path, engine.config, Progress(False), frames, None, None, None)
-    seconds = time.perf_counter() - began
+    clip = timed_clip(engine, path, frames, clock)
     question = torch.randint(engine.config.text.vocab_size, (QUESTION,))
     ids = torch.cat((torch.zeros(clip.tokens, dtype=torch.long), question))
-    return Inputs(ids, torch.arange(len(ids)) < clip.tokens, [clip], seconds)
+    return Inputs(ids, torch.arange(len(ids)) < clip.tokens, [clip])

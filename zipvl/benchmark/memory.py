@@ -57,13 +57,17 @@ def bench_memory(args: argparse.Namespace) -> list[Row]:
     for tokens in args.tokens:
         for method in args.methods:
             words = [args.shape, tokens, method, args.device, args.dtype, args.attn]
-            command = [sys.executable, "-m", "zipvl.benchmark.memory"]
-            command += [str(word) for word in (*words, args.layers or 0)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{' '.join(command[2:])} failed: {done.stderr[-500:]}")
-            rows.append(json.loads(done.stdout))
+            rows.append(alone(__name__, *words, args.layers or 0))
     return rows + [long_video(*LONG, ratio) for ratio in (1.0, 0.3)]
+
+
+def alone(module: str, *words: object) -> Row:
+    """What `module`, run with `words` in a process of its own, prints as JSON."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[2:])} failed: {done.stderr[-500:]}")
+    return json.loads(done.stdout)
 
 
 def long_video(shape: str, tokens: int, ratio: float) -> Row:

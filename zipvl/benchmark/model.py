@@ -22,8 +22,9 @@ SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
     "llava-1.5-7b": ("llama", 32, 4096, 32, 32, 128, 11008, 32064),
     "llava-next-13b": ("llama", 40, 5120, 40, 40, 128, 13824, 32064),
     "tiny": ("qwen2", 2, 64, 4, 2, 16, 128, 512),
+    "tiny-384": ("qwen2", 2, 64, 4, 2, 16, 128, 512),  # behind frames of a real tower's size
 }
-TIED = ("qwen2-0.5b", "tiny")  # whose head is the embedding
+TIED = ("qwen2-0.5b", "tiny", "tiny-384")  # whose head is the embedding
 QUESTION = 64  # text tokens at the end of a benchmark prompt; the others count as visual
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -25,6 +25,7 @@ TOWERS = {  # tower, and how a frame's features are pooled
     "llava-1.5-7b": (CLIP_L_336, "none"),  # 576
     "llava-next-13b": (CLIP_L_336, "average"),  # 144, as LLaVA-NeXT-Video
     "tiny": (SMALL, "average"),  # 4
+    "tiny-384": (SMALL | {"image_size": 384}, "bilinear"),  # 196
 }
 
 
