@@ -1,10 +1,10 @@
-"""Trains a model that finds one frame among 25,000: 100,000 tokens, in half an hour on two cores.
+"""Trains a model that finds one frame among 25,000: 100,000 tokens, in minutes on two cores.
 
     python -m zipvl.demo.sources CACHE              # background tiles
     python -m zipvl.demo.long CACHE --out MODEL     # resumes from CACHE when started again
 
-Tower, projector and newline are those of the bundled demo model and stay as they are; three
-decoder layers are trained on top, only to name an object that one frame shows. Sequences have a few
+Tower, projector and newline are those of the bundled demo model and stay as they are; two decoder
+layers are trained on top, only to name an object that one frame shows. Sequences have a few
 hundred tokens and are made to look like 100,000 in two ways:
 
   positions  skip at random between frames, up to LONGEST (position-skip training, "PoSE",
@@ -41,7 +41,7 @@ from .optim import initialise, optimisers, update
 from .sequences import hidden, sequences
 from .train import log
 
-LAYERS, HEADS, GROUPS, THETA = 3, 2, 1, 1e8
+LAYERS, HEADS, GROUPS, THETA = 2, 2, 1, 1e8
 TOKENS = 4000  # in one step
 EVERY = 100  # steps, the progress is looked at and saved
 KINDS = ("what", "digit", "colour", "object")

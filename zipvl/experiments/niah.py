@@ -4,8 +4,8 @@
     python -m zipvl.experiments niah -m long --frames 64,256,1024,4096,25000 --samples 24
 
 With 128 probe rows, and with a number that grows as the square root of the prompt (128 at 1,024).
-The error of the probes is measured while `dense` answers. A length has at most PROMPTS tokens of
-prompts, but a question at every depth.
+The error of the probes is measured while `dense` answers every second question. A length has at
+most PROMPTS tokens of prompts, but a question at every depth.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ from .job import Job, Record, policy
 METHODS = ("zipvl:tau=0.975", "ideas.py:SqrtProbes:tau=0.975,fill=zero")
 NAMES = dict(zip(METHODS, ("zipvl, 64 + 64 probes", "zipvl, sqrt(T) probes"), strict=True))
 TAU = 0.975  # of the sets that probes are judged by
-DEPTHS = tuple(i / 7 for i in range(8))
-PROMPTS = 800_000
+DEPTHS = tuple(i / 5 for i in range(6))
+PROMPTS = 400_000
 CHOICES = ("64 recent + 64 random", "sqrt(T)", "0 recent + 128 random", "128 recent + 0 random")
 COLUMNS = {
     "frames": "frames", "prompt": "prompt tokens", "method": "method", "samples": "questions",
@@ -61,24 +61,27 @@ def questions(job: Job) -> dict[str, Item]:
 
 
 def records(job: Job, methods: Sequence[str]) -> list[Record]:
-    """Every method's answer to every question, with seconds; those of dense with the probes'."""
+    """Every method's answer to every question, and seconds; now and then dense with the probes'."""
     items = questions(job)
 
     def measure(ready: Any, method: str) -> list[Record]:
-        item, inputs = ready
+        item, inputs, second = ready
         looking = study.Study(TAU, study.methods(TAU, len(inputs), job.seed))
-        how = looking if method == "dense" else policy(method)
+        study_now = method == "dense" and not second
+        how = looking if study_now else policy(method)
         out = cast(Result, job.engine.generate(inputs, how, max_new_tokens=clips.ANSWER))
         spent = out.stats.seconds
         record = clips.answer_record(item, out) | {"given": out.text, "seconds": spent["prefill"]}
-        if method == "dense":  # that choosing sets takes long is not the fault of dense attention
+        if study_now:  # that choosing sets takes long is not the fault of dense attention
             record["choices"] = looking.record()
             record["seconds"] -= spent["prefill_select"]
         return [record]
 
-    return job.records(
-        items, methods, lambda units: (items[units[0]], watch(job, items[units[0]])), measure
-    )
+    def prepare(units: list[str]) -> tuple[Item, Inputs, bool]:
+        item = items[units[0]]
+        return item, watch(job, item), int(units[0].split("/")[1]) % 2 == 1
+
+    return job.records(items, methods, prepare, measure)
 
 
 def rows(found: list[Record], *more: str) -> list[Record]:
@@ -100,7 +103,7 @@ def run(job: Job) -> None:
     methods = ("dense", *(job.methods or METHODS))
     found = records(job, methods)
     table, depths = rows(found), rows(found, "kind")
-    sets = study.rows([r for r in found if r["method"] == "dense"], "frames")
+    sets = study.rows([r for r in found if "choices" in r], "frames")
     seconds = {f"{n} {m}": clips.average(some, "seconds")
                for (n, m), some in clips.grouped(found, "frames", "method").items()}  # fmt: skip
     job.finish(table, COLUMNS, {"prefill_seconds": stats.rounded(seconds, 2)},
