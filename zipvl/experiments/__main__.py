@@ -24,6 +24,7 @@ NAMES = {
     "probes": "which probe rows find what all rows find, and what they answer",
     "niah": "one frame in a long video, against length",
     "text_probes": "probe rows on a text decoder, against length",
+    "text_fixed": "a fixed ratio against the adaptive one on a text decoder",
     "mlp": "tokens left out of attention skip the MLP, too (text decoder)",
     "mlp_clips": "tokens left out of attention skip the MLP, too: accuracy on clips",
     "mlp_speed": "tokens left out of attention skip the MLP, too: time of a prefill",

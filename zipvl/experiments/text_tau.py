@@ -89,7 +89,8 @@ def figure(job: Job, table: list[Record]) -> None:
                if family(r["method"]) is None and r["change"]]  # fmt: skip
     with draw.panels(1, 2 + bool(singles), 4.5) as (fig, (left, *middle, right)):
         for name, what in FILLS.items():
-            some = [r for r in table if family(r["method"]) == name]
+            if not (some := [r for r in table if family(r["method"]) == name]):
+                continue
             draw.curve(left, [100 * r["work"] for r in some], [r["extra"] for r in some], what)
         left.set(xlabel="attention work, % of dense", ylabel="extra loss, nats a token (95 %)")
         left.set_ylim(0)

@@ -1,0 +1,89 @@
+"""Item 3 on a text decoder: a fixed ratio against the adaptive one, same scores, loss per window.
+
+Rivals of an adaptive run: one ratio for all layers and windows, its mean; a ratio by layer; and one
+ratio of the same attention work, which is larger, because work is the mean of squares.
+"""
+
+import numpy as np
+
+from . import draw, stats
+from .job import Job, Record
+from .text import TAIL, records
+
+TAUS = (0.9, 0.95, 0.975)
+FILLS = {"zero": "zipvl", "previous": "zipvl+"}
+RIVALS = {
+    "fixed": "one ratio, same mean",
+    "profile": "a ratio by layer, same mean",
+    "work": "one ratio, same attention work",
+}
+
+
+def rivals(found: list[Record], method: str, fill: str) -> dict[str, str]:
+    """RIVALS as methods, from all records of `method`."""
+    layers = np.mean([r["ratios"] for r in found if r["method"] == method], axis=0)
+    work = np.mean([r["work"] for r in found if r["method"] == method])
+    profile = "/".join(f"{x:.4f}" for x in layers)
+    rest = f"always=last,fill={fill}"
+    return {
+        "fixed": f"fixed:ratio={layers.mean():.4f},{rest}",
+        "profile": f"ideas.py:Profile:ratios={profile},{rest}",
+        "work": f"fixed:ratio={np.sqrt(work):.4f},{rest}",
+    }
+
+
+def row(found: list[Record], adaptive: str, others: dict[str, str]) -> Record:
+    """Extra loss of all four; the adaptive loss less that of each rival, window by window."""
+    by: dict[str, list[Record]] = {}
+    for r in found:
+        by.setdefault(r["method"], []).append(r)
+    mine = [r["loss"] for r in by[adaptive]]
+    out: Record = {"windows": len(mine)}
+    for name, method in {"adaptive": adaptive, **others}.items():
+        some = by[method]
+        pairs = zip(some, by["dense"], strict=True)
+        out[name] = stats.mean([r["loss"] - d["loss"] for r, d in pairs])
+        out[f"{name}_kept"] = float(np.mean([r["ratios"] for r in some]))
+        out[f"{name}_work"] = float(np.mean([r["work"] for r in some]))
+        if method != adaptive:
+            gain = [m - r["loss"] for m, r in zip(mine, some, strict=True)]
+            out[f"gain_{name}"] = stats.mean(gain)
+    return out
+
+
+def run(job: Job) -> None:
+    adaptive = {(fill, tau): f"{name}:always=last,tau={tau}"
+                for fill, name in FILLS.items() for tau in TAUS}  # fmt: skip
+    first = records(job, ["dense", *adaptive.values()])
+    others = {key: rivals(first, m, key[0]) for key, m in adaptive.items()}
+    found = records(job, ["dense", *(m for key, a in adaptive.items()
+                                     for m in (a, *others[key].values()))])  # fmt: skip
+    table = [{"method": FILLS[key[0]], "tau": key[1]} | row(found, m, others[key])
+             for key, m in adaptive.items()]  # fmt: skip
+    columns = {
+        "method": "method", "tau": "tau", "windows": "windows", "adaptive_kept": "kept share",
+        "adaptive_work": "work", "fixed_work": "work, one ratio",
+        "adaptive": "extra loss, adaptive (95 %)", "fixed": "one ratio",
+        "gain_fixed": "adaptive - one ratio (95 %)",
+        "gain_profile": "adaptive - by layer (95 %)",
+        "gain_work": "adaptive - one ratio of the same work (95 %)",
+    }  # fmt: skip
+    job.finish(table, columns)
+    figure(job, table)
+
+
+def figure(job: Job, table: list[Record]) -> None:
+    with draw.panels(1, 2) as (fig, both):
+        for axes, method in zip(both, FILLS.values(), strict=True):
+            mine = [r for r in table if r["method"] == method]
+            for i, (name, what) in enumerate(RIVALS.items()):
+                x = [100 * r["adaptive_kept"] + i - 1 for r in mine]
+                draw.curve(axes, x, [r[f"gain_{name}"] for r in mine], what, ls="")
+            axes.axhline(0, color="black", lw=0.8)
+            axes.set(xlabel="tokens kept by the adaptive method, % (mean over layers)",
+                     ylabel="adaptive loss less the rival's, nats (95 %)",
+                     title=f"{method}: below 0 adaptive is better")  # fmt: skip
+            axes.legend()
+        fig.suptitle(f"fixed against adaptive ({job.settings()['model']}, {job.samples} windows of "
+                     f"{job.tokens[0]} tokens, loss on the {TAIL} after)")  # fmt: skip
+        fig.savefig(job.out / "figure.png")
