@@ -272,6 +272,22 @@ def test_rivals_have_the_mean_ratio() -> None:
     assert fixed.rivals(found, "a") == ("fixed:ratio=0.450", "ideas.py:Profile:ratios=0.300/0.600")
 
 
+def test_each_length_has_its_own_rivals(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lengths together give what each gives alone, and the shares of both sides are equal."""
+    monkeypatch.setattr(clips, "ANSWER", 1)
+    monkeypatch.setattr(fixed, "TAUS", (0.6,))
+    rows = []
+    for frames in ((2, 20), (2,), (20,)):
+        job = Job("fixed", tmp_path / str(len(rows)), str(folder), 1, frames=frames, device="cpu")
+        fixed.run(job)
+        rows += json.loads((job.out / "result.json").read_text())["rows"]
+    assert rows[:2] == rows[2:]
+    assert rows[1]["fixed_kept"] == pytest.approx(rows[1]["adaptive_kept"], abs=0.01)
+    assert rows[0]["fixed_kept"] != pytest.approx(rows[1]["fixed_kept"], abs=0.01)
+
+
 @torch.inference_mode()
 def test_sparse_mlps(engine: Engine) -> None:
     """Rows left out of a layer's attention pass its MLP unchanged; afterwards all is as before."""

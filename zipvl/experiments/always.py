@@ -20,7 +20,10 @@ def run(job: Job) -> None:
              for t in TAUS for a in ALWAYS for f in FILLS}  # fmt: skip
     found = clips.records(job, list(named.values()))
     table, kinds = clips.rows(found), clips.rows(found, "kind")
-    job.finish(table, clips.COLUMNS, by_kind=kinds)
+    contrasts = [c for n in (job.frames if len(job.frames) > 1 else ()) for c in
+                 compared([r for r in found if r["frames"] == n], named, n)]  # fmt: skip
+    contrasts += compared(found, named, "all")
+    job.finish(table, clips.COLUMNS, by_kind=kinds, contrasts=contrasts)
     with draw.panels(1, len(job.frames) + 1, 5) as (fig, (*bars, heat)):
         for axes, n in zip(bars, job.frames, strict=True):
             whole = {r["method"]: r["accuracy"] for r in table if r["frames"] == n}
@@ -36,6 +39,21 @@ def run(job: Job) -> None:
         by_kind(heat, [r for r in kinds if r["frames"] == job.frames[-1]], named)
         fig.suptitle(clips.title(job, "which tokens always stay"))
         fig.savefig(job.out / "figure.png")
+
+
+def compared(found: list[Record], named: dict[tuple[float, str, str], str],
+             frames: int | str) -> list[Record]:  # fmt: skip
+    """What more text, own queries and earlier outputs change, question by question."""
+    pairs = ((("text", "zero"), ("last", "zero")), (("text", "own"), ("text", "zero")),
+             (("text", "previous"), ("text", "zero")), (("none", "own"), ("text", "own")),
+             (("none", "previous"), ("none", "zero")))  # fmt: skip
+    out = []
+    for t in TAUS:
+        chosen = [(named[t, *a], named[t, *b]) for a, b in pairs]
+        for a, b in [*chosen, (named[t, "none", "own"], "dense")]:
+            change = clips.difference(found, a, b)
+            out.append({"frames": frames, "method": a, "against": b, "change": change})
+    return out
 
 
 def by_kind(axes: Any, some: list[Record], named: dict[tuple[float, str, str], str]) -> None:

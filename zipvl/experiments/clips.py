@@ -107,6 +107,13 @@ def rows(found: list[Record], *more: str) -> list[Record]:
     return out
 
 
+def difference(found: list[Record], first: str, second: str) -> dict[str, float]:
+    """Accuracy of one method less that of another, question by question."""
+    right = {(r["unit"], r["method"]): float(r["ok"]) for r in found}
+    units = [r["unit"] for r in found if r["method"] == first]
+    return stats.mean([right[u, first] - right[u, second] for u in units])
+
+
 def average(some: list[Record], key: str) -> float:
     return float(np.mean([r[key] for r in some]))
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..engine.inputs import Inputs
 from ..engine.run import Result
-from . import clips, draw, stats
+from . import clips, draw
 from .job import Job, Record
 from .mlp import WHERE, everywhere, mlp_share, sparse_mlps
 
@@ -23,21 +23,15 @@ def run(job: Job) -> None:
 
     found = clips.records(job, list(methods), ask=ask)
     table = clips.rows(found)
-    right = {(r["unit"], r["method"]): float(r["ok"]) for r in found}
     for row in table:
         name, start = methods[row["method"]]
         row["mlp"] = mlp_share(row["kept_per_layer"], start)
         if name != "dense":
-            row["skip"] = skipping(right, row, f"{name} | {DENSE_MLP}")
+            mine = [r for r in found if r["frames"] == row["frames"]]
+            row["skip"] = clips.difference(mine, row["method"], f"{name} | {DENSE_MLP}")
     more = {"mlp": "MLP rows", "skip": "change from dense MLPs (95 %)"}
     job.finish(table, clips.COLUMNS | more)
     figure(job, [r for r in table if r["frames"] == job.frames[-1]])
-
-
-def skipping(right: dict[tuple[str, str], float], row: Record, base: str) -> dict[str, float]:
-    """What leaving rows out of MLPs changes in accuracy, question by question."""
-    units = [u for u, m in right if m == base and u.startswith(f"{row['frames']}/")]
-    return stats.mean([right[u, row["method"]] - right[u, base] for u in units])
 
 
 def figure(job: Job, table: list[Record]) -> None:
