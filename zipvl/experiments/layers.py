@@ -51,7 +51,7 @@ def correlations(frames: int, mine: list[Record], kinds: list[Record],
         "wrong": stats.spearman(kept, [wrong[r["unit"]] for r in mine]),
         "objects": stats.spearman(kept, [r["objects"] for r in mine]),
         "objects_by_layer": [stats.spearman([r["visual"][i] for r in mine],
-                                            [r["objects"] for r in mine])["value"]
+                                            [r["objects"] for r in mine])
                              for i in range(len(mine[0]["visual"]))],
     }  # fmt: skip
 
@@ -64,16 +64,14 @@ def figure(job: Job, table: list[Record], links: list[Record], method: str) -> N
             line = "--" if row["kind"] == "yesno" else "-"  # ten colours, eleven kinds
             left.plot([100 * x for x in row["by_layer"]], line, marker=".",
                       label=f"{row['kind']} ({row['samples']})")  # fmt: skip
-            x, y = row["dense_error"], row["visual"]
-            right.errorbar([100 * x["value"]], [100 * y["value"]],
-                           xerr=draw.spread([x], 100)[1], yerr=draw.spread([y], 100)[1],
-                           marker="o", ms=4, capsize=2)  # fmt: skip
-            right.annotate(row["kind"], (100 * x["value"], 100 * y["value"]), xytext=(4, 4),
-                           textcoords="offset points", fontsize=7)  # fmt: skip
         left.set(xlabel="layer", ylabel=f"visual tokens kept, %, {last} frames")
         left.legend(ncols=2, fontsize=7)
         r = link["kind_error"]
-        right.set(xlabel="dense error by kind, % (95 %)", ylabel="visual tokens kept, % (95 %)",
+        hardest = sorted(mine, key=lambda row: row["dense_error"]["value"])
+        shown = [row | {"choice": f"{row['kind']}, {100 * row['dense_error']['value']:.0f} %"}
+                 for row in hardest]  # fmt: skip
+        draw.bars(right, shown, "visual", "visual tokens kept, % (95 %)")
+        right.set(xlim=(0, 100), ylabel="kind, and how often dense is wrong on it",
                   title=f"rank correlation {r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f}), "
                         f"{len(mine)} kinds")  # fmt: skip
         fig.suptitle(clips.title(job, method))
