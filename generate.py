@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-m",
         "--model",
         metavar="MODEL",
-        help="checkpoint folder or hub id (default: the bundled demo)",
+        help="checkpoint folder or hub id (default: bundled demo)",
     )
     add(
         "-v",
@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--attn", default="auto", help="auto, sdpa, torch-flash, flash-attn (default auto)")
     add("--weights", default="full", metavar="KIND", help="int8, int4: decode faster on a CPU")
+    add("--compile", action="store_true", help="torch.compile for prefill; on CUDA graph decoding")
     add = parser.add_argument_group("what to print").add_argument
     add("--stats", action="store_true", help="seconds by stage and kept tokens by layer, on stderr")
     add("--json", action="store_true", help="one JSON object on stdout instead of text")
@@ -141,8 +142,9 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     show = sys.stderr.isatty() and not args.quiet
     engine = zipvl.load(
-        args.model, args.device, args.dtype, args.attn, args.template, show, args.weights
-    )
+        args.model, args.device, args.dtype, args.attn, args.template, show, args.weights,
+        args.compile,
+    )  # fmt: skip
     if args.model is None and not args.video and not args.image:
         args.video = [str(zipvl.demo_clip())]
     session = terminal.Session(engine, policy, args)

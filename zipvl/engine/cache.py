@@ -43,7 +43,7 @@ class LayerCache:
         `state`: the policy's notes, one dict a sequence, which all layers share."""
         self.spans = Spans([len(t) for t in k], k[0].device, room)
         shape = (self.spans.total, *k[0].shape[1:])
-        self.k, self.v = k[0].new_empty(shape), v[0].new_empty(shape)
+        self.k, self.v = k[0].new_zeros(shape), v[0].new_zeros(shape)  # attend_masked reads all
         self.positions = positions[0].new_full(shape[:2], -1)  # [slots, G]
         self.state = state
         for at, *new in zip(self.spans.slices(), k, v, positions, strict=True):

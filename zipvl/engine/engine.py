@@ -21,6 +21,7 @@ from ..model.decoder import Prefilled
 from ..model.tokens import join
 from ..model.vlm import VLM
 from ..policy import Policy, load_policy
+from .graph import Step
 from .inputs import (
     ImageSource,
     Inputs,
@@ -54,11 +55,12 @@ class Engine:
     """A model, its tokenizer and an attention backend. One request or batch at a time."""
 
     def __init__(
-        self, model: VLM, chat: Chat, backend: str, attend: kernels.Attend, progress: Progress
-    ):
+        self, model: VLM, chat: Chat, backend: str, attend: kernels.Attend, progress: Progress,
+        step: type[Step] = Step,
+    ):  # fmt: skip
         self.model, self.chat, self.config = model, chat, model.config
         self.backend, self.attend, self.progress = backend, attend, progress
-        self.chunk = CHUNK.get(model.device.type)
+        self.step, self.chunk = step, CHUNK.get(model.device.type)
 
     def prepare(
         self,

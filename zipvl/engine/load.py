@@ -8,9 +8,11 @@ from ..errors import ModelError, UsageError
 from ..layouts import read_config
 from ..model import hub, kernels
 from ..model.chat import Chat
+from ..model.compiled import compile_rows
 from ..model.weights import load_weights
 from ..model.weights_only import check_kind, pack_weights
 from .engine import Engine
+from .graph import GraphStep, Step
 from .memory import memory_errors
 from .progress import Progress
 
@@ -25,12 +27,14 @@ def load(
     template: str | None = None,
     show_progress: bool = False,
     weights: str = "full",
+    compile: bool = False,
 ) -> Engine:
     """An Engine with the checkpoint `model` (folder or hub id; None: the bundled demo model).
 
     `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn`
     forces an attention backend, `template` a prompt template (a built-in name or a .jinja file).
     `weights` int8 or int4 gives a model on a CPU packed copies for decoding.
+    `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
     Raises ModelError, UsageError.
     """
     folder = hub.resolve(DEMO / "model" if model is None else model)
@@ -43,12 +47,15 @@ def load(
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
         vlm = load_weights(config, folder, place, kind)
         pack_weights(vlm, weights)
+    if compile:
+        compile_rows(vlm.text)
     if chat.vocab_size > config.text.vocab_size:
         raise ModelError(
             f"{folder}: the tokenizer has {chat.vocab_size} entries, the embedding only "
             f"{config.text.vocab_size}: tokenizer and weights belong to different models"
         )
-    return Engine(vlm, chat, backend, attend, Progress(show_progress))
+    step = GraphStep if compile and place.type == "cuda" else Step
+    return Engine(vlm, chat, backend, attend, Progress(show_progress), step)
 
 
 def pick_device(device: str) -> torch.device:

@@ -47,11 +47,13 @@ class Run:
             raise UsageError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
         engine, model = self.engine, self.engine.model
         self.check_window(max_new_tokens)
+        engine.step.check(self.policy)
         restart_peak(model.device)
         clock, self.room = Clock(model.device), max_new_tokens
         out = engine.prefill(self.inputs, self.policy, max_new_tokens, self.seconds)
         self.layers, caches = out.layers, out.caches
         logits = self.first_logits(out.hidden, out.pack)
+        decode = engine.step(model, caches, self.policy, engine.attend)
         generators = [self.sampling.generator() for _ in self.inputs]
         stops = frozenset() if ignore_eos else engine.chat.stop_ids
         live = list(range(len(self.inputs)))
@@ -76,13 +78,10 @@ class Run:
             with clock("decode"), memory_errors(model.device, "decoding", advice):
                 if kept != live:
                     caches, live = [cache.drop(stay) for cache in caches], kept
+                    decode = engine.step(model, caches, self.policy, engine.attend)
                 ids = torch.tensor(new, device=model.device)
                 at = [len(self.inputs[b]) + step for b in live]
-                hidden = model.text.decode(
-                    model.text.embed_tokens(ids), torch.tensor(at, device=model.device),
-                    caches, self.policy, engine.attend,
-                )  # fmt: skip
-                logits = model.logits(hidden)
+                logits = decode(ids, torch.tensor(at, device=model.device))
 
     def check_window(self, max_new_tokens: int) -> None:
         """Answers, too, must stay inside a sliding window; the last token is never attended to."""

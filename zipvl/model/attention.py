@@ -33,7 +33,7 @@ from ..policy import Plan, Policy, View
 from .kernels import Attend, Spans, attend_kept, attend_row
 from .linear import Linear
 from .pack import Pack
-from .rope import project
+from .rope import project, rotate
 from .scores import count_seen, probe_mass
 from .tokens import compact, join, lookup, needed, spread
 
@@ -49,14 +49,16 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, G * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, G * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, C, bias=False)
+        self.rotate = rotate
 
     def queries(self, x: Tensor, pack: Pack, rows: Tensor | slice) -> Tensor:
         """Rotated queries [rows, H, D] of x [sum T, C]."""
-        return project(self.q_proj, x[rows], pack.cos[rows], pack.sin[rows], pack.chunk)
+        cos, sin = pack.cos[rows], pack.sin[rows]
+        return project(self.q_proj, x[rows], cos, sin, pack.chunk, self.rotate)
 
     def keys(self, x: Tensor, pack: Pack) -> Tensor:
         """Rotated keys [sum T, G, D]."""
-        return project(self.k_proj, x, pack.cos, pack.sin, pack.chunk)
+        return project(self.k_proj, x, pack.cos, pack.sin, pack.chunk, self.rotate)
 
     def values(self, x: Tensor, pack: Pack, needs: list[Tensor | None]) -> tuple[Tensor, Spans]:
         """Values of the `needs` tokens of each sequence, [sum needed, G, D], and their spans."""

@@ -22,17 +22,21 @@ from .linear import Linear, gated
 from .tokens import join
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm, computed in float32 and cast back before the weight."""
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
 
+
+class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.compute = rms_norm  # model/compiled.py puts other forms here, as below
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return self.compute(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -43,9 +47,10 @@ class MLP(nn.Module):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gated = gated
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -130,6 +135,11 @@ class Decoder(nn.Module):
         """One token per sequence: embeddings x [B, C] at `positions` [B] -> hidden [B, C]."""
         text = torch.zeros_like(positions, dtype=torch.bool)
         pack = Pack.build([1] * len(x), positions, text, self.config, x.dtype)
+        return self.step(x, pack, caches, policy, attend)
+
+    def step(self, x: Tensor, pack: Pack, caches: Sequence[Cache], policy: Policy,
+             attend: Attend) -> Tensor:  # fmt: skip
+        """The same with what the pack knows already made."""
         for block, cache in zip(self.blocks(), caches, strict=True):
             h = block.input_layernorm(x)
             x = x + block.self_attn.decode(h, pack, cache, policy, attend)

@@ -40,8 +40,12 @@ class Spans:
 
     def grow(self) -> None:
         """Every sequence takes one more of its places."""
-        self.lengths = [n + 1 for n in self.lengths]
+        self.count()
         self.used += 1
+
+    def count(self) -> None:
+        """The half of grow() that a replayed CUDA graph does not do."""
+        self.lengths = [n + 1 for n in self.lengths]
 
     def shrink(self, lengths: list[int]) -> None:
         self.lengths = list(lengths)
@@ -62,17 +66,25 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans)
     return torch.cat([sdpa(q[None, rows], k[None, at], v[None, at])[0] for rows, at in spans])
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B, rows, H, D], k and v [B, slots, G, D] -> [B, rows, H, D]."""
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
+    """One row a sequence over all its places, the unused masked on the device: the same shapes
+    and addresses at every step, as a CUDA graph needs them. Unused places must hold numbers."""
+    out = []
+    for b, (start, places) in enumerate(zip(k_spans.starts, k_spans.capacity, strict=True)):
+        at, seen = slice(start, start + places), torch.arange(places, device=q.device)
+        mask = (seen < k_spans.used[b])[None]  # [1, places]
+        out.append(sdpa(q[None, b : b + 1], k[None, at], v[None, at], mask)[0])
+    return torch.cat(out)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q [B, rows, H, D], k and v [B, slots, G, D] -> [B, rows, H, D]; a single row may have a
+    `mask`, several are causal."""
     rows, H, slots, G = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, G, slots, D] views
-    if (
-        rows == 1
-    ):  # the H/G heads of a key/value head as rows: the cache is read once, not H/G times
-        return F.scaled_dot_product_attention(q.unflatten(2, (G, -1))[:, 0], k, v).flatten(1, 2)[
-            :, None
-        ]
-    mask = None
+    if rows == 1:  # the H/G heads of a key/value head as rows: the cache is read once
+        q = q.unflatten(2, (G, -1))[:, 0]  # [B, G, H/G, D]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, None]
     if rows != slots:  # SDPA's own is_causal aligns at the start
         mask = torch.ones(rows, slots, dtype=torch.bool, device=q.device).tril(slots - rows)
     out = F.scaled_dot_product_attention(
@@ -93,9 +105,10 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_torch_flash(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
-    """FlashAttention-2 as every CUDA build of PyTorch carries it: one varlen call for the batch."""
+    """FlashAttention-2 as every CUDA build of PyTorch carries it: one varlen call for the batch.
+    Slots are bounded by the capacity: unlike lengths it is the same at every step (graph.py)."""
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, q_spans.edges, k_spans.edges, max(q_spans.lengths), max(k_spans.lengths),
+        q, k, v, q_spans.edges, k_spans.edges, max(q_spans.lengths), max(k_spans.capacity),
         0.0, True, False, seqused_k=k_spans.used if k_spans.room else None,
     )[0]  # fmt: skip
 

@@ -4,6 +4,8 @@ Positions are a token's place in the whole prompt. They never come from the leng
 after tokens were dropped the two differ, and every later token would be turned by a wrong angle.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def project(linear: nn.Linear, x: Tensor, cos: Tensor, sin: Tensor, chunk: int | None) -> Tensor:
+def project(linear: nn.Linear, x: Tensor, cos: Tensor, sin: Tensor, chunk: int | None,
+            rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:  # fmt: skip
     """x [n, C] through `linear`, turned: [n, heads, D]; `chunk` rows at a time, None for all."""
     D = 2 * cos.shape[-1]
     if chunk is None or len(x) <= chunk:
@@ -34,5 +37,5 @@ def project(linear: nn.Linear, x: Tensor, cos: Tensor, sin: Tensor, chunk: int |
     out = x.new_empty(len(x), linear.out_features // D, D)
     parts = zip(*(t.split(chunk) for t in (out, x, cos, sin)), strict=True)
     for into, some, some_cos, some_sin in parts:
-        into.copy_(project(linear, some, some_cos, some_sin, None))
+        into.copy_(project(linear, some, some_cos, some_sin, None, rotate))
     return out
