@@ -97,8 +97,8 @@ def fresh(out: Path) -> VLM:
         "max_position_embeddings": 131072,
     }  # fmt: skip
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    model, demo = VLM(read_config(out)), load(DEMO / "model", "cpu", "float32").model
     torch.manual_seed(0)
+    model, demo = VLM(read_config(out)), load(DEMO / "model", "cpu", "float32").model
     initialise(model.text, LAYERS)
     known = {k: v for k, v in demo.state_dict().items() if not k.startswith("text.layers.")}
     model.load_state_dict(known, strict=False)
