@@ -1,6 +1,7 @@
 """Speed and memory of the decoder, next to transformers on the same weights in the same run.
 
     python bench.py prefill --tokens 2048,8192 --methods dense,fixed:ratio=0.3 --rival
+    python bench.py prefill --tokens 2048,8192 --compile
     python bench.py decode  --tokens 2048,8192 --batch 1,8 --ratios 1,0.3 --rival
     python bench.py decode  --tokens 2048 --batch 1,2 --weights full,int8,int4
     python bench.py projections --tokens 8192 --ratios 1,0.3
@@ -70,6 +71,12 @@ def main() -> None:
         type=lambda text: text.split(","),
         default=["full"],
         help="decode: full, int8, int4; these beside the others in one run",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="prefill: compiled rows beside plain ones;\n"
+        "decode: a CUDA graph (on a CPU its static step, not captured) beside ordinary steps",
     )
     parser.add_argument("--new", type=int, default=8, help="decode steps a run")
     parser.add_argument("--repeats", type=int, default=3)

@@ -39,6 +39,7 @@ COMMON = ["--shape", "tiny", "--dtype", "float32", "--repeats", "2"]
         ],
         ["projections", "--tokens", "64", "--ratios", "1,0.3", "--clock", "cpu"],
         ["linear"],
+        ["decode", "--tokens", "40", "--batch", "1,3", "--new", "2", "--compile"],
     ],
 )
 def test_every_benchmark(

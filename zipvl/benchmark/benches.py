@@ -8,24 +8,30 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..engine.graph import GraphStep, StaticStep, Step
 from ..model.decoder import Prefilled
 from ..model.linear import Linear
-from ..policy import load_policy
 from .model import Model
 from .rival import build_rival, rival_prefill, rival_steps
 from .timing import Factory, Row, interleaved, product_peak, ratios, read_bandwidth
+
+COMPILED = ", compiled"
+STEPS = {"": Step, ", static": StaticStep, ", graph": GraphStep}  # of decoding
 
 
 @torch.inference_mode()
 def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
     """Time to the first token's logits, cache included."""
     rival, rows = build_rival(model) if args.rival else None, []
+    forms = {"": model} | ({COMPILED: model.compiled()} if args.compile else {})
     peak = product_peak(model.device, model.dtype, args.clock)
     for tokens in args.tokens:
         ids = torch.randint(model.config.vocab_size, (tokens,), device=model.device)
         last: dict[str, Prefilled] = {}
         runs: dict[str, Factory] = {
-            method: partial(our_prefill, model, ids, method, last) for method in args.methods
+            method + form: partial(our_prefill, m, ids, method, last, method + form)
+            for method in args.methods
+            for form, m in forms.items()
         }
         if rival is not None:
             runs["transformers"] = partial(rival_prefill, rival, ids)
@@ -51,16 +57,17 @@ def add_bounds(rows: list[Row], model: Model, tokens: int, peak: float) -> None:
     flops = 2 * tokens * weights + attention + 2 * model.lm_head.weight.numel()
     dense = next((row for row in rows if row["run"] == "dense"), None)
     for row in rows:
-        if row is dense or row["run"] == "transformers":
+        if row["run"] in ("dense", "dense" + COMPILED, "transformers"):
             row["peak_flops"] = peak
             row["peak_share"] = flops / statistics.median(row["seconds"]) / peak
         elif dense:
             row["free_attention"] = 1 / (1 - dense["share"]["attend"])
 
 
-def our_prefill(model: Model, ids: Tensor, method: str, last: dict) -> Callable[[], object]:
+def our_prefill(model: Model, ids: Tensor, method: str, last: dict,
+                name: str) -> Callable[[], object]:  # fmt: skip
     def work() -> None:
-        last[method] = model.prefill(ids, method, room=16)[1]
+        last[name] = model.prefill(ids, method, room=16)[1]
 
     return work
 
@@ -87,49 +94,56 @@ def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
     rival, rows = build_rival(model) if args.rival else None, []
     bandwidth = read_bandwidth(model.device, args.clock)
     models = {kind: model.packed(kind) for kind in args.weights}
+    steps = ["", ", graph" if model.device.type == "cuda" else ", static"][: 1 + args.compile]
     c = model.config
     slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
     for tokens in args.tokens:
         for batch in args.batch:
             ids = torch.zeros(batch, dtype=torch.long, device=model.device)
             kept = {
-                f"ratio {ratio:g}" + f", {kind}" * (kind != "full"): (int(tokens * ratio), m)
+                f"ratio {ratio:g}" + f", {kind}" * (kind != "full") + step: (
+                    int(tokens * ratio),
+                    m,
+                    STEPS[step],
+                )
                 for kind, m in models.items()
                 for ratio in args.ratios
+                for step in steps
             }
             runs: dict[str, Factory] = {
-                name: partial(our_steps, m, [tokens] * batch, [slots] * batch, args.new)
-                for name, (slots, m) in kept.items()
+                name: partial(our_steps, m, [tokens] * batch, [slots] * batch, args.new, step)
+                for name, (slots, m, step) in kept.items()
             }
             if rival is not None:
                 runs["transformers"] = partial(rival_steps, model, rival, ids, tokens, args.new)
             seconds = interleaved(model.device, args.clock, runs, args.repeats)
             for name, values in seconds.items():
-                step = statistics.median(values) / args.new
-                slots, m = kept.get(name, (tokens, model))
+                spent = statistics.median(values) / args.new
+                slots, m, _ = kept.get(name, (tokens, model, Step))
                 moved = m.step_bytes(batch) + batch * slots * slot
                 rows.append({
                     "bench": "decode", "tokens": tokens, "batch": batch, "run": name,
-                    "seconds": values, "steps": args.new, "seconds_per_step": step,
-                    "tokens_per_second": batch / step, "bytes_per_step": moved,
+                    "seconds": values, "steps": args.new, "seconds_per_step": spent,
+                    "tokens_per_second": batch / spent, "bytes_per_step": moved,
                     "weight_bytes": m.weight_bytes,
                     "packed_bytes": sum(p.packed_bytes for p in m.packs),
-                    "read_bandwidth": bandwidth, "bandwidth_share": moved / step / bandwidth,
+                    "read_bandwidth": bandwidth, "bandwidth_share": moved / spent / bandwidth,
                     **ratios(seconds, name),
                 })  # fmt: skip
     return rows
 
 
-def our_steps(model: Model, prompts: list[int], kept: list[int], new: int) -> Callable[[], object]:
-    """Greedy steps after `prompts` tokens a sequence, over caches of `kept` slots each."""
-    caches = model.caches(kept, new)
-    policy, ends = load_policy("dense"), torch.tensor(prompts, device=model.device)
+def our_steps(model: Model, prompts: list[int], kept: list[int], new: int,
+              kind: type[Step] = Step) -> Callable[[], object]:  # fmt: skip
+    """Greedy steps after `prompts` tokens a sequence, over caches of `kept` slots each, and two
+    before them in which a graph is recorded."""
+    step = model.stepper(kind, model.caches(kept, new + 2))
+    ends = torch.tensor(prompts, device=model.device)
 
-    def work() -> None:
+    def work(first: int = 2, steps: int = new) -> None:
         token = torch.zeros_like(ends)
-        for step in range(new):
-            x = model.decoder.embed_tokens(token)
-            hidden = model.decoder.decode(x, ends + step, caches, policy, model.attend)
-            token = model.logits(hidden).argmax(-1)
+        for n in range(first, first + steps):
+            token = step(token, ends + n).argmax(-1)
 
+    work(0, 2)
     return work

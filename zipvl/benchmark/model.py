@@ -1,6 +1,7 @@
 """A decoder of a real model's shape with random weights: its speed is real, its answers are not."""
 
 import copy
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 from ..config import TextConfig
 from ..engine.cache import LayerCache
 from ..engine.engine import CHUNK
+from ..engine.graph import Step
 from ..model import kernels
+from ..model.compiled import compile_rows
 from ..model.decoder import Decoder, Prefilled
 from ..model.linear import Linear
 from ..model.pack import Pack
+from ..model.vlm import VLM
 from ..model.weights_only import FEW, PackedLinear, check_kind, pack_weights
 from ..policy import load_policy
 
@@ -58,16 +62,31 @@ class Model:
         self.device, self.dtype = torch.device(device), dtype
         self.backend, self.attend = kernels.pick(attn, self.device, dtype, self.config.head_dim)
 
-    def packed(self, kind: str) -> "Model":
-        """The same tensors, and copies of the linear layers' in `kind` for decoding."""
-        check_kind(kind, self.device)
+    def twin(self, change: Callable[[nn.ModuleDict], object]) -> "Model":
+        """New modules around the same tensors, `text` and `head`, after a change."""
         twin, memo = copy.copy(self), {id(p): p for p in self.decoder.parameters()}
-        both = nn.ModuleDict({"text": self.decoder, "head": self.lm_head})
-        both = copy.deepcopy(both, memo)  # new modules around the old parameters
-        pack_weights(both, kind)
+        both = copy.deepcopy(nn.ModuleDict({"text": self.decoder, "head": self.lm_head}), memo)
+        change(both)
         twin.decoder = cast(Decoder, both["text"])
         twin.lm_head = cast(Linear, both["head"])
         return twin
+
+    def packed(self, kind: str) -> "Model":
+        """The same tensors, and copies of the linear layers' in `kind` for decoding."""
+        check_kind(kind, self.device)
+        return self.twin(lambda both: pack_weights(both, kind))
+
+    def compiled(self) -> "Model":
+        """The same tensors, row-wise parts compiled."""
+        return self.twin(lambda both: compile_rows(cast(Decoder, both["text"])))
+
+    def stepper(self, kind: type[Step], caches: list[LayerCache]) -> Step:
+        """Decode steps of one `kind` over `caches`; a Step needs no more of a VLM than this has."""
+        return kind(cast(VLM, self), caches, load_policy("dense"), self.attend)
+
+    @property
+    def text(self) -> Decoder:
+        return self.decoder
 
     @property
     def weight_bytes(self) -> int:

@@ -48,7 +48,7 @@ class StaticStep(Step):
 
     def __init__(self, model: VLM, caches: Sequence[Cache], policy: Policy, attend: Attend):
         super().__init__(model, caches, policy, attend_masked if attend is attend_sdpa else attend)
-        B, device, config = len(caches[0].spans), model.device, model.config.text
+        B, device, config = len(caches[0].spans), model.device, model.text.config
         self.ids = torch.zeros(B, dtype=torch.long, device=device)
         at, text = torch.zeros_like(self.ids), torch.zeros_like(self.ids, dtype=torch.bool)
         self.pack = Pack.build([1] * B, at, text, config, model.dtype)

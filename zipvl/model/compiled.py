@@ -30,14 +30,16 @@ def compiled(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @torch.inference_mode()
 def compile_rows(text: Decoder) -> None:
     """Gives a decoder the compiled forms, made now. Raises UsageError where that is impossible."""
-    config, weight = text.config, text.norm.weight
-    cos = weight.new_zeros(FEW + 1, 1, config.head_dim // 2)
-    x, wide = (weight.new_zeros(FEW + 1, n) for n in (len(weight), config.intermediate_size))
+    config, weight, rows = text.config, text.norm.weight, FEW + 1
+    D, make = config.head_dim, weight.new_zeros
+    x, cos, wide = make(2 * rows, len(weight)), make(2 * rows, 1, D // 2), make(rows, len(weight))
+    sin = cos.clone()  # two arguments that are one would be taken for always one
     try:
         norm, turn, gate = compiled(rms_norm), compiled(rotate), compiled(gated)
-        norm(x, weight, config.rms_norm_eps)
-        for heads in (config.num_heads, config.num_kv_heads):
-            turn(x.new_zeros(len(x), heads, config.head_dim), cos, cos)
+        for part in (slice(rows), slice(rows, None)):  # a chunk at the start of its tensor and not
+            norm(x[part], weight, config.rms_norm_eps)
+            for heads in (config.num_heads, config.num_kv_heads):
+                turn(make(rows, heads, D), cos[part], sin[part])
         if weight.device.type == "cpu":
             gate = gated  # in place it is faster than what the compiler makes of it
         gate(wide, wide.clone())
