@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import UsageError, ZipvlError
 from . import draw
 from .job import Record
+from .text import TAIL
 from .text_tau import FILLS, family, tau
 
 SHOWN = ("0.9", "0.975")  # tau of the curves over layers
@@ -53,7 +54,7 @@ def losses(axes: Any, runs: list[Record]) -> None:
                        ls="-" if name == "zipvl" else "--")  # fmt: skip
     axes.set(xlabel="attention work, % of dense", ylabel="extra loss, nats a token (95 %)",
              title="tau 0.9, 0.95, 0.975, 0.99")  # fmt: skip
-    axes.set_ylim(0)
+    axes.axhline(0, color="black", lw=0.8)
     axes.legend()
 
 
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             layers(left, runs)
             losses(right, runs)
             windows = {r["settings"]["model"]: r["settings"]["samples"] for r in runs}
-            fig.suptitle("; ".join(f"{m}: {n} windows" for m, n in windows.items()))
+            fig.suptitle("windows of text: " + ", ".join(f"{n} ({m})" for m, n in windows.items())
+                         + f"; loss on the {TAIL} tokens after the prompt")  # fmt: skip
             fig.savefig(out / "figure.png")
     except ZipvlError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -93,7 +93,7 @@ def figure(job: Job, table: list[Record]) -> None:
                 continue
             draw.curve(left, [100 * r["work"] for r in some], [r["extra"] for r in some], what)
         left.set(xlabel="attention work, % of dense", ylabel="extra loss, nats a token (95 %)")
-        left.set_ylim(0)
+        left.axhline(0, color="black", lw=0.8)
         left.legend()
         for axes in middle:
             label = "loss less that of zipvl+ at this tau, nats (95 %)"
