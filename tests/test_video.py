@@ -382,6 +382,17 @@ def test_fit_and_progress(video: Video) -> None:
     assert read_video(video("h264.mp4"), frames=1).total == 100
 
 
+def test_decord_is_not_asked_for_what_memory_could_not_hold(
+    video: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decodes ahead of a slow caller without end; h264.mp4 has 100 frames of 96 x 64."""
+    pytest.importorskip("decord")
+    for pictures_ahead, decoder in ((99, "decord"), (98, "pyav")):
+        monkeypatch.setattr("zipvl.vision.decode.AHEAD", pictures_ahead * 96 * 64 * 3)
+        clip = read_video(video("h264.mp4"), frames=7)
+        assert (clip.indices[0], clip.indices[-1], clip.decoder) == (0, 99, decoder)
+
+
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.webm", "stream.ts"])
 def test_without_decord(video: Video, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read_video(video(name), frames=9)

@@ -1,7 +1,9 @@
 """Pictures of chosen frames, by decord for plain files and by PyAV for all others: the same pixels.
 
 decord believes a file's header and hangs for ever when there are fewer frames than it promises, so
-it is asked only where `Index.plain` holds, and whatever it finds damaged is read again by PyAV.
+it is asked only where `Index.plain` holds, and whatever it finds damaged is read again by PyAV. It
+also decodes ahead without end while its caller resizes (gigabytes of a few minutes in 1280 x 720),
+so it is asked for stretches only that would fit in memory as a whole.
 """
 
 import ctypes
@@ -15,6 +17,7 @@ import numpy as np
 from ..errors import MediaError
 from .video_index import Index, frames_of, opened, seek
 
+AHEAD = 1 << 28  # bytes of decoded pictures that decord may come to hold
 FFMPEG_ERROR = 16  # AV_LOG_ERROR; lower is worse
 ONE_LISTENER = Lock()  # FFmpeg's log callback is one for the whole process
 
@@ -78,8 +81,9 @@ def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
             yield _upright(frame, size, matrix), at == want and not hurt
 
 
-def _same_colours(index: Index) -> bool:
-    """Whether decord gives the pixels PyAV gives: even 8-bit 4:2:0, progressive, upright."""
+def _for_decord(index: Index, targets: list[int]) -> bool:
+    """Whether decord gives the pixels PyAV gives (even 8-bit 4:2:0, progressive, upright), and all
+    frames from the first target to the last are few enough bytes."""
     with opened(index.path) as (container, stream):
         frame = next(frames_of(container, stream), None)
         return (
@@ -87,6 +91,7 @@ def _same_colours(index: Index) -> bool:
             and frame.format.name in ("yuv420p", "yuvj420p")
             and not (frame.width % 2 or frame.height % 2 or frame.interlaced_frame)
             and _matrix(frame) == (1, 0, 0, 1)
+            and frame.width * frame.height * 3 * (targets[-1] - targets[0]) <= AHEAD
         )
 
 
@@ -154,7 +159,7 @@ def decode(
         ("pyav", pyav_frames(index, targets, "AUTO")),
         ("pyav", pyav_frames(index, targets, "SLICE")),
     ]
-    if index.plain and _same_colours(index):
+    if index.plain and _for_decord(index, targets):
         attempts.insert(0, ("decord", decord_frames(index, targets)))
     reported = 0
     for name, reader in attempts:
