@@ -116,7 +116,7 @@ def read_video(
     else:
         pictures, decoder, intact = decode(index, targets.tolist(), fit, progress)
     return Clip(
-        frames=np.stack([pictures[i] for i in back]),
+        frames=_stacked(pictures, back.tolist()),
         indices=tuple(rows),
         times=tuple(index.times[i] for i in rows),
         fps=len(index.times) / index.duration,
@@ -158,6 +158,16 @@ def _taken(
         if progress:
             progress(1)
     return pictures
+
+
+def _stacked(pictures: list[np.ndarray], rows: list[int]) -> np.ndarray:
+    """uint8 [F, H, W, 3] of the ascending `rows`; takes the list apart, so that no picture is held
+    twice."""
+    frames = np.empty((len(rows), *pictures[0].shape), dtype=np.uint8)
+    for place in reversed(range(len(rows))):
+        frames[place] = pictures[rows[place]]
+        del pictures[rows[place] + 1 :]
+    return frames
 
 
 def _warning(index: Index, wanted: int, distinct: int, intact: int) -> str:
