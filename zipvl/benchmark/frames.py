@@ -26,7 +26,13 @@ RESIDENT = Path("/proc/self/clear_refs")
 
 def bench_frames(args: argparse.Namespace) -> list[Row]:
     """Bytes that each stage adds at its peak, next to the pixels it was given."""
-    words = [args.shape, args.model or "", args.video or demo_clip(), args.device, args.dtype]
+    words = [
+        args.shape,
+        args.model or "",
+        (args.video or demo_clip()).resolve(),
+        args.device,
+        args.dtype,
+    ]
     return [alone(__name__, frames, *words, args.attn) for frames in args.frames]
 
 
