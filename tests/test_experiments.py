@@ -369,18 +369,19 @@ def test_speed_ups_by_hand() -> None:
 
 def test_halving_by_hand() -> None:
     """Of four questions dense answers all, zipvl two, zipvl+ three: half the loss."""
-    right = {"dense": (1, 1, 1, 1), "zipvl:tau=0.5": (0, 0, 1, 1), "zipvl+:tau=0.5": (1, 0, 1, 1)}
+    right = {"dense": (1, 1, 1, 1), "zipvl:tau=0.9": (0, 0, 1, 1), "zipvl+:tau=0.9": (1, 0, 1, 1),
+             "zipvl:tau=0.5": (0, 0, 0, 0), "zipvl+:tau=0.5": (0, 0, 0, 0)}  # fmt: skip
     found = [{"frames": 16, "unit": str(i), "method": m, "ok": bool(ok)}
              for m, some in right.items() for i, ok in enumerate(some)]  # fmt: skip
-    [row, whole] = fill.halving(found)
-    assert [row["frames"], row["tau"], row["questions"]] == [16, "0.5", 4]
-    assert [row[k]["value"] for k in ("paper", "plus", "saved", "over_half")] == [
-        0.5,
-        0.25,
-        0.25,
-        0,
-    ]
-    assert [whole["tau"], whole["paper"]] == ["all", row["paper"]]
+    half, none, useful, *whole = fill.halving(found)
+    assert [half["frames"], half["tau"], half["questions"]] == [16, "0.9", 4]
+    assert [half[k]["value"] for k in HALVES] == [0.5, 0.25, 0.25, 0]
+    assert [none[k]["value"] for k in HALVES] == [1, 1, 0, 0.5]
+    assert [useful[k] for k in HALVES] == [half[k] for k in HALVES]
+    assert whole == [row | {"frames": "all"} for row in (half, none, useful)]
+
+
+HALVES = ("paper", "plus", "saved", "over_half")
 
 
 # --- the commands -----------------------------------------------------------------------------

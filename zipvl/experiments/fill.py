@@ -46,7 +46,8 @@ def run(job: Job) -> None:
 
 
 def halving(found: list[Record]) -> list[Record]:
-    """Accuracy that zipvl and zipvl+ lose at one tau, for each frame count and over everything.
+    """Accuracy that zipvl and zipvl+ lose, by tau and over those that text_tau has, too; for each
+    frame count and all of them.
 
     `over_half`: the loss of zipvl+ less half that of zipvl; below 0, zipvl+ more than halves it.
     """
@@ -56,10 +57,10 @@ def halving(found: list[Record]) -> list[Record]:
             if {f"zipvl:tau={t}", f"zipvl+:tau={t}"} <= names]  # fmt: skip
     units = {n: list(dict.fromkeys(r["unit"] for r in some))
              for (n,), some in clips.grouped(found, "frames").items()}  # fmt: skip
-    one = [compared(right, some, [t]) | {"frames": n, "tau": t}
-           for n, some in units.items() for t in taus]  # fmt: skip
-    whole = compared(right, [u for some in units.values() for u in some], taus) if taus else {}
-    return [*one, whole | {"frames": "all", "tau": "all"}]
+    units["all"] = [u for some in units.values() for u in some]
+    sets = {t: [t] for t in taus} | {"0.9 and more": [t for t in taus if float(t) >= 0.9]}
+    return [compared(right, some, over) | {"frames": n, "tau": name}
+            for n, some in units.items() for name, over in sets.items() if over]  # fmt: skip
 
 
 def compared(right: Right, units: list[str], taus: list[str]) -> Record:
@@ -78,16 +79,12 @@ def compared(right: Right, units: list[str], taus: list[str]) -> Record:
 
 def paired(found: list[Record], frames: int) -> list[Record]:
     """The single variants against zipvl+ at the same tau, question by question."""
-    right: Right = {
-        (r["unit"], r["method"]): float(r["ok"]) for r in found if r["frames"] == frames
-    }
-    units = list(dict.fromkeys(unit for unit, _ in right))
-    out = []
-    for method in dict.fromkeys(m for _, m in right):
+    mine, out = [r for r in found if r["frames"] == frames], []
+    names = list(dict.fromkeys(r["method"] for r in mine))
+    for method in names:
         base = f"zipvl+:tau={tau(method)}"
-        if family(method) is None and (units[0], base) in right:
-            change = stats.mean([right[u, method] - right[u, base] for u in units])
-            name = short(method).partition(", tau")[0]
-            out.append({"frames": frames, "method": method, "change": change,
-                        "choice": f"{name}, tau {tau(method)}"})  # fmt: skip
+        if family(method) is None and base in names:
+            choice = f"{short(method).partition(', tau')[0]}, tau {tau(method)}"
+            out.append({"frames": frames, "method": method, "choice": choice,
+                        "change": clips.difference(mine, method, base)})  # fmt: skip
     return out
