@@ -387,6 +387,7 @@ HALVES = ("paper", "plus", "saved", "over_half")
 # --- the commands -----------------------------------------------------------------------------
 
 FEW = {  # instead of the experiment's own methods
+    "fill": "zipvl:tau=0.9,zipvl+:tau=0.9,ideas.py:HeadMax:tau=0.9",
     "methods": "zipvl:tau=0.9,zipvl+:tau=0.9,kv_bits=4,examples/tova.py:TOVA:budget=8",
     "text_tau": "zipvl:always=last,tau=0.8,zipvl+:always=last,tau=0.8",
     "mlp": "zipvl:always=last,tau=0.9",
@@ -396,7 +397,7 @@ FEW = {  # instead of the experiment's own methods
 
 
 def test_every_method_of_the_side_by_side_exists() -> None:
-    named = [policy(m) for m in (*methods.METHODS, *methods.EXAMPLES)]
+    named = [policy(m) for m in (*methods.METHODS, *methods.EXAMPLES, *fill.METHODS)]
     assert {type(load_policy(m)).__name__ for m in METHODS} <= {type(p).__name__ for p in named} | {
         "Dense"
     }
