@@ -366,6 +366,15 @@ def test_a_mistyped_file_is_told_before_loading(cli: Cli) -> None:
         assert name in one_sentence(err)
 
 
+def test_compile_is_handed_on(cli: Cli) -> None:
+    compiled: list[Decoder] = []
+    cli.patch.setattr(engine_load, "compile_rows", compiled.append)
+    assert cli.ask("-q")[0] == 0
+    assert compiled == []
+    assert cli.ask("-q", "--compile")[0] == 0
+    assert [type(text) for text in compiled] == [Decoder]
+
+
 def test_verbose_shows_where(cli: Cli) -> None:
     with pytest.raises(zipvl.ModelError, match="neither a folder"):
         cli("-p", "x", "--verbose", model="absent")

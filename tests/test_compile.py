@@ -46,11 +46,18 @@ def tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
+WAITS = {  # operations that read tensors back into Python, or send numbers to the device
+    "item", "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "unique_dim",
+    "_unique2", "masked_select", "repeat_interleave", "resolve_conj", "resolve_neg", "lift_fresh",
+}  # fmt: skip
+
+
 class Tape(TorchDispatchMode):
     """Stands in for torch.cuda.CUDAGraph: records operations, undoes what they did, repeats them.
 
     Numbers and addresses are those of the recording, so a step that depends on anything that is not
-    in a tensor repeats a mistake; one that reads a tensor back into Python is refused.
+    in a tensor repeats a mistake; one that reads a tensor back into Python, or makes one of Python
+    numbers, is refused.
     """
 
     def __init__(self) -> None:
@@ -60,8 +67,12 @@ class Tape(TorchDispatchMode):
         self.replays = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.overloadpacket._qualified_op_name, kwargs or {}
-        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh"), name
+        name, kwargs = func.overloadpacket._qualified_op_name.removeprefix("aten::"), kwargs or {}
+        masks = name in ("index", "index_put_") and [
+            t for t in tensors(args[1]) if t.dtype == torch.bool
+        ]
+        waits = bool(masks) or name in WAITS
+        assert not waits, f"{name} waits for the device"
         if func._schema.is_mutable:
             written = zip(func._schema.arguments, args, strict=False)
             written = [x for a, x in written if a.alias_info and a.alias_info.is_write]
@@ -115,6 +126,43 @@ def picture() -> Any:
     from PIL import Image
 
     return Image.fromarray(torch.randint(0, 256, (70, 90, 3), dtype=torch.uint8).numpy())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x[0].item(),
+        lambda x: x.tolist(),
+        lambda x: int(x.max()),
+        lambda x: bool((x > 1).all()),
+        lambda x: torch.equal(x, x),
+        lambda x: x[x > 1],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_fill_(x > 1, 0)[x > 0],
+        lambda x: x.numpy(),
+        lambda x: x.unique(),
+        lambda x: torch.tensor([1, 2]),
+    ],
+)
+@torch.inference_mode()
+def test_the_tape_refuses_what_a_graph_cannot_hold(look: Callable) -> None:
+    x = torch.tensor([1, 2, 3])
+    with pytest.raises(AssertionError, match="waits for the device"), Tape():
+        look(x)
+    assert x.tolist() == [1, 2, 3]
+
+
+@torch.inference_mode()
+def test_the_tape_undoes_and_repeats() -> None:
+    x, tape = torch.tensor([1.0, 2.0]), Tape()
+    with tape:
+        y = x.mul_(3).view(2, 1) + torch.arange(2)
+    assert x.tolist() == [1, 2]
+    x.fill_(5)
+    tape.replay()
+    assert (x.tolist(), y.tolist()) == ([15, 15], [[15, 16], [15, 16]])
+    tape.replay()
+    assert (x.tolist(), y.tolist()) == ([45, 45], [[45, 46], [45, 46]])
 
 
 # --- the static step ----------------------------------------------------------------------------
