@@ -1,6 +1,6 @@
 """Figures in one style: small PNG, axes with units, intervals as bars or bands."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,8 +41,8 @@ def curve(axes: Any, x: Sequence[float], y: Sequence[dict[str, float]], label: s
     """Points in order of x with their intervals, joined."""
     order = sorted(range(len(x)), key=lambda i: x[i])
     values, bars = spread([y[i] for i in order], scale)
-    axes.errorbar([x[i] for i in order], values, yerr=bars, label=label, marker="o", ms=4,
-                  capsize=2, lw=1.4, elinewidth=0.8, **style)  # fmt: skip
+    usual = {"marker": "o", "ms": 4, "capsize": 2, "lw": 1.4, "elinewidth": 0.8}
+    axes.errorbar([x[i] for i in order], values, yerr=bars, label=label, **usual | style)
 
 
 def bars(axes: Any, table: Sequence[dict[str, Any]], measure: str, label: str,
@@ -53,6 +53,19 @@ def bars(axes: Any, table: Sequence[dict[str, Any]], measure: str, label: str,
     axes.barh(place, values, xerr=bar, capsize=2, color="C0", alpha=0.75, height=0.65)
     axes.set_yticks(place, [r["choice"].split(": ")[-1] for r in table])
     axes.set(xlabel=label)
+
+
+def points(axes: Any, series: Mapping[str, Sequence[dict[str, Any]]], measure: str, label: str,
+           scale: float = 100.0) -> None:  # fmt: skip
+    """One measure of several tables with the same `choice`s, side by side, downwards."""
+    for i, (name, table) in enumerate(series.items()):
+        values, bar = spread([r[measure] for r in table], scale)
+        place = [-k - 0.3 * (i - (len(series) - 1) / 2) for k in range(len(table))]
+        axes.errorbar(values, place, xerr=bar, fmt="o", ms=4, capsize=2, lw=1, label=name)
+        axes.set_yticks(range(0, -len(table), -1), [r["choice"].split(": ")[-1] for r in table])
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set(xlabel=label)
+    axes.legend()
 
 
 def heat(axes: Any, cells: Sequence[Sequence[float]], down: Sequence[str], across: Sequence[str],

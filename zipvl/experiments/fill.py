@@ -37,10 +37,8 @@ def run(job: Job) -> None:
             axes.set(xlabel="attention work, % of dense (dashed: dense)", title=f"{n} frames",
                      ylabel="exact answers, % (95 %)", ylim=(0, 102))  # fmt: skip
             axes.legend(loc="lower right")
-        if shown := [r for r in variants if r["frames"] == job.frames[-1]]:
-            label = f"points above zipvl+ at the same tau, {job.frames[-1]} frames (95 %)"
-            draw.bars(right, shown, "change", label)
-        right.axvline(0, color="black", lw=0.8)
+        series = {f"{n} frames": [r for r in variants if r["frames"] == n] for n in job.frames}
+        draw.points(right, series, "change", "points above zipvl+ at the same tau (95 %)")
         fig.suptitle(clips.title(job, "what left-out tokens receive, and other ideas"))
         fig.savefig(job.out / "figure.png")
 

@@ -25,10 +25,25 @@ METHODS = (
 )
 
 
+PAIRS = (  # at nearly the same cost, or the same bits
+    ("zipvl:tau=0.7", "random:ratio=0.35"), ("zipvl:tau=0.9", "random:ratio=0.6"),
+    ("zipvl+:tau=0.7", "zipvl:tau=0.7"), ("zipvl+:tau=0.9", "fixed:ratio=0.6"),
+    ("zipvl+:tau=0.9", "fastv:ratio=0.5"), ("snapkv:budget=64", "streaming:sinks=4,window=60"),
+    ("h2o:heavy=32,recent=32", "snapkv:budget=64"), ("zipvl-quant:tau=0.9", "zipvl:tau=0.9"),
+    ("zipvl+:tau=0.9,kv_bits=4", "zipvl+:tau=0.9"), ("zipvl+:tau=0.9,kv_bits=4", "zipcache"),
+    ("zipvl+:tau=0.9,kv_bits=4", "h2o:heavy=32,recent=32"),
+)  # fmt: skip
+
+
 def family(row: Record) -> str:
     """Whose curve a method is on: its name, with `4 bit` where what it keeps is quantised, too."""
     name, _, options = row["method"].removeprefix("examples/").partition(":")
+    name = name.replace(".py", " (example)")
     return f"{name}, 4 bit" if "tau=" in options and "kv_bits=4" in options else name
+
+
+def quantised(row: Record) -> bool:
+    return "kv_bits" in row["method"] or row["method"].startswith("zipvl-quant")
 
 
 def frontier(table: list[Record], cost: str) -> list[Record]:
@@ -48,23 +63,35 @@ def run(job: Job) -> None:
     fronts = {f"{n} frames, {cost}": [r["method"] for r in frontier(
         [r for r in table if r["frames"] == n], cost)]
         for n in job.frames for cost in ("work", "kv_bytes")}  # fmt: skip
-    job.finish(table, clips.COLUMNS, frontiers=fronts)
-    mine = [r for r in table if r["frames"] == job.frames[-1]]
-    dense = next(r for r in mine if r["method"] == "dense")
-    with draw.panels(1, 2, 5.6, 4.6) as (fig, (left, right)):
-        for axes, cost in ((left, "work"), (right, "kv_bytes")):
-            for i, name in enumerate(dict.fromkeys(map(family, mine))):
-                some = [r for r in mine if family(r) == name]
-                x = [100 * r[cost] / dense[cost] for r in some]
-                draw.curve(axes, x, [r["accuracy"] for r in some], name, 100, alpha=0.8,
-                           color=f"C{i % 10}", mfc="white" if i > 9 else None)  # fmt: skip
-            front = frontier(mine, cost)
+    known = {r["method"] for r in found}
+    pairs = [{"method": a, "against": b, "change": clips.difference(found, a, b)}
+             for a, b in PAIRS if {a, b} <= known]  # fmt: skip
+    job.finish(table, clips.COLUMNS, frontiers=fronts, pairs=pairs)
+    figure(job, [r for r in table if r["frames"] == job.frames[-1]])
+
+
+def figure(job: Job, table: list[Record]) -> None:
+    """Left, methods whose prefill is sparse (quantising leaves its work alone); right, all."""
+    dense, names = table[0], list(dict.fromkeys(map(family, table)))
+    sparse = [r for r in table if r["work"] < 1 and not quantised(r)]
+    with draw.panels(1, 2, 6, 4.8) as (fig, (left, right)):
+        for axes, cost, some in ((left, "work", [dense, *sparse]), (right, "kv_bytes", table)):
+            for i, name in enumerate(names):
+                mine = [r for r in some if family(r) == name]
+                x = [100 * r[cost] / dense[cost] for r in mine]
+                style = {"color": "black", "marker": "*", "ms": 9} if name == "dense" else {
+                    "color": f"C{i % 10}", "marker": "os^"[i // 10], "alpha": 0.8}  # fmt: skip
+                if mine:
+                    draw.curve(axes, x, [r["accuracy"] for r in mine], name, 100, **style)
+            front = frontier(some, cost)
             axes.plot([100 * r[cost] / dense[cost] for r in front],
                       [100 * r["accuracy"]["value"] for r in front], "k--", lw=0.8,
                       label="best at its cost")  # fmt: skip
             axes.set(ylabel=f"exact answers, % (95 %), {job.frames[-1]} frames")
-        left.set(xlabel="attention work of prefill, % of dense")
-        right.set(xlabel="cache bytes, % of dense")
+        left.set(xlabel="attention work of prefill, % of dense", xscale="log")
+        left.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+        left.minorticks_off()
+        right.set(xlabel="cache bytes, % of dense", xlim=(0, 105))
         right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         fig.suptitle(clips.title(job, "methods side by side"))
         fig.savefig(job.out / "figure.png")
