@@ -1,6 +1,6 @@
 """Peak memory of a prefill, each in a process of its own, next to a formula.
 
-    formula = weights + hidden states + one layer's q, k, v and output + a chunk's MLP + caches
+    formula = weights + caches + hidden states + the larger of attention and a chunk's MLP
 
 What the process holds before the model is there (Python, PyTorch, its kernels' own buffers) is
 measured with a tiny prefill and taken off.
@@ -18,12 +18,14 @@ import torch
 from ..config import TextConfig
 from ..engine.engine import CHUNK
 from ..engine.stats import peak_memory, restart_peak
+from ..model.scores import SCORE_BYTES
 from ..model.vlm import VLM
 from .model import DTYPES, Model
 from .timing import Row
 from .vlm import vlm_config
 
 ROOM = 256  # new tokens
+PROBES = 128  # rows
 ROOT = Path(__file__).parents[2]
 CARD = 80 * 10**9
 LONG = ("longva-7b", 200_000)  # what must fit one card of 80 GB
@@ -34,17 +36,22 @@ def formula(
 ) -> Row:
     """Bytes by part; `kept` tokens a layer on average, `item` bytes a number, MLP by `chunk` rows.
 
-    Hidden states: the residual stream, a layer's normed input and the attention's output. Keys are
-    those of all tokens and the kept ones again, contiguous.
+    Hidden states: the embeddings, the residual stream, and a layer's normed input or new output.
+    Attention: the keys of all tokens; queries, outputs and values of kept ones, and their keys
+    again, contiguous; the projected output of all tokens. Or, where it is more, the scores of probe
+    rows, twice, and what the softmax adds up.
     """
     c, kv = config, config.num_kv_heads * config.head_dim
     q = c.num_heads * c.head_dim
     gathered = kept if kept < tokens else 0
+    attention = tokens * (kv + c.hidden_size) + kept * (2 * q + kv) + gathered * kv
+    scores = min(SCORE_BYTES, 4 * PROBES * c.num_heads // c.num_kv_heads * tokens)
+    probe = 2 * scores + 4 * tokens * (c.num_heads + c.head_dim) + tokens * kv * item
+    mlp = min(tokens, chunk) * (2 * c.intermediate_size + c.hidden_size)
     parts = {
         "weights": weights,
         "hidden": 3 * tokens * c.hidden_size * item,
-        "layer": (tokens * kv + kept * (2 * q + kv) + gathered * kv) * item,
-        "mlp": min(tokens, chunk) * (2 * c.intermediate_size + c.hidden_size) * item,
+        "layer": max(attention * item, mlp * item, probe if gathered else 0),
         "caches": c.num_layers * (kept + ROOM) * 2 * kv * item,
     }
     parts = {name: round(value) for name, value in parts.items()}

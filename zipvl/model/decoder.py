@@ -121,7 +121,9 @@ class Decoder(nn.Module):
                 rows, lengths = stream_rows(plans, pack)
                 x, h, pack = x[rows], h[rows], pack.take(rows, lengths)
             with clock("rest"):
-                x = chunked(block.feed_forward, x + h, chunk)
+                x = x + h
+                del h  # as long as the prompt, and so is what comes
+                x = chunked(block.feed_forward, x, chunk)
             stats.add_seconds(clock.pop())
             layers.append(stats)
             if cache is not None:

@@ -34,8 +34,8 @@ def spread(o: Tensor, index: Tensor, length: int, fill: str) -> Tensor:
     """
     if fill == "previous":
         slot = torch.searchsorted(index, torch.arange(length, device=o.device), right=True) - 1
-        return o[slot.clamp(min=0)] * (slot >= 0)[:, None]
-    return o.new_zeros(length, o.shape[1]).index_copy(0, index, o)
+        return o[slot.clamp(min=0)].mul_((slot >= 0)[:, None])
+    return o.new_zeros(length, o.shape[1]).index_copy_(0, index, o)
 
 
 def join(parts: list[Tensor]) -> Tensor:
