@@ -31,7 +31,7 @@ import torch
 import xllamacpp
 from torch import Tensor
 
-from zipvl.benchmark.benches import our_prefill, our_steps
+from zipvl.benchmark.benches import our_steps
 from zipvl.benchmark.model import Model
 from zipvl.benchmark.timing import CLOCKS, Factory, Row, interleaved, machine, ratios, spread
 
@@ -105,6 +105,10 @@ def same_model(model: Model, rival: LlamaCpp, ids: Tensor) -> float:
     return max(abs(t["logprob"] - ours[t["id"]].item()) for t in token["top_logprobs"])
 
 
+def prompt_work(model: Model, ids: Tensor, method: str) -> Callable[[], object]:
+    return lambda: model.prefill(ids, method, room=16)
+
+
 @torch.inference_mode()
 def measure(args: argparse.Namespace) -> dict:
     model = Model("qwen2-0.5b", "cpu", torch.float32, "auto", args.layers)
@@ -144,7 +148,7 @@ def rows(
     ids = torch.randint(model.config.vocab_size, (tokens,))
     prompt = ids.tolist()
     prefill: dict[str, Factory] = {
-        f"zipvl {method}": partial(our_prefill, model, ids, method, {}) for method in METHODS
+        f"zipvl {method}": partial(prompt_work, model, ids, method) for method in METHODS
     }
     prefill |= {f"llama.cpp {kind}": partial(r.prefill, prompt) for kind, r in theirs}
     decode: dict[str, Factory] = {
