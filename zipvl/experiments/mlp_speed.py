@@ -20,7 +20,7 @@ from .job import Job, Record, policy
 from .mlp import WHERE, everywhere, mlp_share, sparse_mlps
 from .text import windows
 
-SHAPE, LAYERS = "qwen2-0.5b", 4
+SHAPE, LAYERS = "qwen2-0.5b", 2
 TAUS, RATIOS = (0.9, 0.975), (0.25, 0.5, 0.75)
 COLUMNS = {
     "method": "method", "samples": "prefills", "kept": "kept share", "mlp": "MLP rows",
