@@ -14,10 +14,13 @@ def record(method: str, loss: float, *ratios: float) -> dict:
 
 
 def test_rivals_match_ratio_layers_and_work() -> None:
-    found = [record("a", 1, 0.2, 0.6), record("a", 1, 0.4, 1.0), record("b", 1, 0.0, 0.0)]
-    got = text_fixed.rivals(found, "a", "zero")
+    name = "zipvl:tau=0.9"
+    found = [record(name, 1, 0.2, 0.6), record(name, 1, 0.4, 1.0), record("b", 1, 0.0, 0.0)]
+    got = text_fixed.rivals(found, name)
     assert got["fixed"] == "fixed:ratio=0.5500,always=last,fill=zero"
     assert got["profile"] == "ideas.py:Profile:ratios=0.3000/0.8000,always=last,fill=zero"
+    again = text_fixed.rivals([record("zipvl+:tau=0.9", 1, 0.3)], "zipvl+:tau=0.9")
+    assert again["fixed"] == "fixed:ratio=0.3000,always=last,fill=previous"
     # (0.04 + 0.36 + 0.16 + 1) / 4 = 0.39
     assert got["work"] == f"fixed:ratio={0.39**0.5:.4f},always=last,fill=zero"
 

@@ -9,9 +9,10 @@ import numpy as np
 from . import draw, stats
 from .job import Job, Record
 from .text import TAIL, records
+from .text_tau import tau
 
-TAUS = (0.9, 0.95, 0.975)
-FILLS = {"zero": "zipvl", "previous": "zipvl+"}
+FILLS = {"zipvl": "zero", "zipvl+": "previous"}
+METHODS = [f"{name}:always=last,tau={t}" for name in FILLS for t in (0.9, 0.95, 0.975)]
 RIVALS = {
     "fixed": "one ratio, same mean",
     "profile": "a ratio by layer, same mean",
@@ -19,12 +20,12 @@ RIVALS = {
 }
 
 
-def rivals(found: list[Record], method: str, fill: str) -> dict[str, str]:
-    """RIVALS as methods, from all records of `method`."""
+def rivals(found: list[Record], method: str) -> dict[str, str]:
+    """RIVALS as methods, from all records of `method`; left-out tokens get what it gives them."""
     layers = np.mean([r["ratios"] for r in found if r["method"] == method], axis=0)
     work = np.mean([r["work"] for r in found if r["method"] == method])
     profile = "/".join(f"{x:.4f}" for x in layers)
-    rest = f"always=last,fill={fill}"
+    rest = f"always=last,fill={FILLS[method.split(':')[0]]}"
     return {
         "fixed": f"fixed:ratio={layers.mean():.4f},{rest}",
         "profile": f"ideas.py:Profile:ratios={profile},{rest}",
@@ -52,14 +53,12 @@ def row(found: list[Record], adaptive: str, others: dict[str, str]) -> Record:
 
 
 def run(job: Job) -> None:
-    adaptive = {(fill, tau): f"{name}:always=last,tau={tau}"
-                for fill, name in FILLS.items() for tau in TAUS}  # fmt: skip
-    first = records(job, ["dense", *adaptive.values()])
-    others = {key: rivals(first, m, key[0]) for key, m in adaptive.items()}
-    found = records(job, ["dense", *(m for key, a in adaptive.items()
-                                     for m in (a, *others[key].values()))])  # fmt: skip
-    table = [{"method": FILLS[key[0]], "tau": key[1]} | row(found, m, others[key])
-             for key, m in adaptive.items()]  # fmt: skip
+    adaptive = job.methods or METHODS
+    first = records(job, ["dense", *adaptive])
+    others = {m: rivals(first, m) for m in adaptive}
+    found = records(job, ["dense", *(m for a in adaptive for m in (a, *others[a].values()))])
+    table = [{"method": m.split(":")[0], "tau": tau(m)} | row(found, m, others[m])
+             for m in adaptive]  # fmt: skip
     columns = {
         "method": "method", "tau": "tau", "windows": "windows", "adaptive_kept": "kept share",
         "adaptive_work": "work", "fixed_work": "work, one ratio",
@@ -73,11 +72,12 @@ def run(job: Job) -> None:
 
 
 def figure(job: Job, table: list[Record]) -> None:
-    with draw.panels(1, 2) as (fig, both):
-        for axes, method in zip(both, FILLS.values(), strict=True):
+    names = list(dict.fromkeys(r["method"] for r in table))
+    with draw.panels(1, len(names)) as (fig, all_axes):
+        for axes, method in zip(np.atleast_1d(all_axes), names, strict=True):
             mine = [r for r in table if r["method"] == method]
             for i, (name, what) in enumerate(RIVALS.items()):
-                x = [100 * r["adaptive_kept"] + i - 1 for r in mine]
+                x = [100 * r["adaptive_kept"] + (i - 1) / 2 for r in mine]
                 draw.curve(axes, x, [r[f"gain_{name}"] for r in mine], what, ls="")
             axes.axhline(0, color="black", lw=0.8)
             axes.set(xlabel="tokens kept by the adaptive method, % (mean over layers)",
