@@ -139,6 +139,7 @@ def line(row: dict) -> str:
         parts.append(
             f"measured {row['measured'] / 1e6:.0f} MB = {row['over_formula']:.2f} x formula"
         )
+        parts.append(f"tensors {row['allocated'] / 1e6:.0f} MB")
     if "card" in row:
         parts.append(f"{row['share_of_card']:.0%} of {row['card'] / 1e9:.0f} GB")
     if "tokens_per_second" in row:

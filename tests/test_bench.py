@@ -99,6 +99,7 @@ def test_memory_of_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert parts["caches"] == measured["kv_bytes"]
     assert sum(v for k, v in parts.items() if k != "total") == parts["total"]
     assert 0.7 < measured["over_formula"] < 2
+    assert 0.85 < measured["allocated"] / parts["total"] < 1.05
     assert measured["loaded"] < measured["measured"]
     assert sparse["formula"]["caches"] == 28 * 2 * 4 * 128 * 2 * (60_000 + 256)
     assert 15e9 < sparse["formula"]["weights"] < 17e9

@@ -2,8 +2,9 @@
 
     formula = weights + caches + hidden states + the larger of attention and a chunk's MLP
 
-What the process holds before the model is there (Python, PyTorch, its kernels' own buffers) is
-measured with a tiny prefill and taken off.
+Two measurements: the process's peak resident set, less what it holds before the model is there
+(Python, PyTorch, its kernels' own buffers, known from a tiny prefill); and the weights with the
+most bytes that tensors made during the prefill had at a time.
 """
 
 import argparse
@@ -11,9 +12,13 @@ import json
 import statistics
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..config import TextConfig
 from ..engine.engine import CHUNK
@@ -90,6 +95,39 @@ def long_video(shape: str, tokens: int, ratio: float) -> Row:
             "share_of_card": parts["total"] / CARD}  # fmt: skip
 
 
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that PyTorch's operators make while this is on; `most` at a time.
+
+    What an operator needs inside itself and what the allocator wastes are in the process's peak
+    only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most = 0, 0
+        self.alive: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+
 def peak(device: torch.device) -> int:
     """Bytes at most so far. Linux's ru_maxrss also counts the process that started this one, so
     this process's own high-water mark comes first."""
@@ -112,7 +150,8 @@ def measure(shape: str, tokens: int, method: str, device: str, dtype: str, attn:
     model = Model(shape, device, kind, attn, layers)
     loaded = peak(model.device) - before
     ids = torch.randint(model.config.vocab_size, (tokens,), device=model.device)
-    out = model.prefill(ids, method, ROOM)[1]
+    with Allocated() as allocated:
+        out = model.prefill(ids, method, ROOM)[1]
     most = peak(model.device) - before
     kept = statistics.mean(layer.attended[0] for layer in out.layers)
     parts = formula(
@@ -122,7 +161,7 @@ def measure(shape: str, tokens: int, method: str, device: str, dtype: str, attn:
         "bench": "memory", "shape": shape, "tokens": tokens, "batch": 1, "run": method,
         "ratio": kept / tokens, "measured": most, "loaded": loaded, "before": before,
         "kv_bytes": sum(cache.nbytes for cache in out.caches), "formula": parts,
-        "over_formula": most / parts["total"],
+        "over_formula": most / parts["total"], "allocated": model.weight_bytes + allocated.most,
     }  # fmt: skip
 
 
