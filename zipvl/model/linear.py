@@ -38,7 +38,10 @@ class Linear(nn.Linear):
             return widened(x, self.weight, self.bias)
         if x.ndim != 2 or rows > FEW:
             return F.linear(x, self.weight, self.bias)
-        out = torch.mv(self.weight, x[0])[None] if rows == 1 else torch.mm(self.weight, x.T).T
+        if rows == 1:
+            out = torch.mv(self.weight, x[0])[None]
+        else:  # row by row in memory, which x is not where such a product made it: three times slower
+            out = torch.mm(self.weight, x.contiguous().T).T
         return out if self.bias is None else out + self.bias
 
 
