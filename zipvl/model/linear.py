@@ -40,7 +40,7 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         if rows == 1:
             out = torch.mv(self.weight, x[0])[None]
-        else:  # row by row in memory, which x is not where such a product made it: three times slower
+        else:  # x is laid out by columns where such a product made it: three times slower
             out = torch.mm(self.weight, x.contiguous().T).T
         return out if self.bias is None else out + self.bias
 
