@@ -133,10 +133,10 @@ def test_records_of_another_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_table() -> None:
-    rows = [{"a": 1, "b": {"value": 0.5, "low": 0.25, "high": 0.75}}, {"a": "x"}]
+    rows = [{"a": 1, "b": {"value": 0.5, "low": 0.25, "high": 0.75}}, {"a": "x | y"}]
     assert table(rows, {"a": "A", "b": "B"}).splitlines()[2:] == [
         "| 1 | 0.5 (0.25 to 0.75) |",
-        "| x |  |",
+        "| x \\| y |  |",
     ]
 
 

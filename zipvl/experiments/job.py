@@ -142,4 +142,6 @@ def cell(value: Any) -> str:
         low, high = value["low"], value["high"]
         inside = "" if low is None or low != low else f" ({low:.3g} to {high:.3g})"
         return f"{value['value']:.3g}{inside}"
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else str(value).replace("|", "\\|")
