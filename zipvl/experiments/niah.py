@@ -23,11 +23,12 @@ from . import clips, draw, stats, study
 from .job import Job, Record, policy
 
 METHODS = ("zipvl:tau=0.975", "ideas.py:SqrtProbes:tau=0.975,fill=zero")
-NAMES = dict(zip(METHODS, ("zipvl, 64 + 64 probes", "zipvl, sqrt(T) probes"), strict=True))
+NAMES = dict(zip(METHODS, ("zipvl, 64 + 64 probes", "zipvl, 4 sqrt(T) probes"), strict=True))
 TAU = 0.975  # of the sets that probes are judged by
 DEPTHS = tuple(i / 5 for i in range(6))
 PROMPTS = 400_000
-CHOICES = ("64 recent + 64 random", "sqrt(T)", "0 recent + 128 random", "128 recent + 0 random")
+CHOICES = {"64 recent + 64 random": "64 recent + 64 random", "sqrt(T)": "4 sqrt(T), half and half",
+           "0 recent + 128 random": "128 random", "128 recent": "128 recent"}  # fmt: skip
 COLUMNS = {
     "frames": "frames", "prompt": "prompt tokens", "method": "method", "samples": "questions",
     "accuracy": "accuracy (95 %)", "visual": "visual kept (95 %)",
@@ -93,15 +94,18 @@ def rows(found: list[Record], *more: str) -> list[Record]:
             "samples": len(some),
             "accuracy": stats.share([r["ok"] for r in some]),
             "by_layer": np.mean([r["visual"] for r in some], axis=0).tolist(),
-            "kv_bytes": clips.average(some, "kv_bytes"),
-            "prompt": clips.average(some, "prompt"),
+            "kv_bytes": round(clips.average(some, "kv_bytes")),
+            "prompt": round(clips.average(some, "prompt")),
         })  # fmt: skip
     return out
 
 
 def run(job: Job) -> None:
-    methods = ("dense", *(job.methods or METHODS))
-    found = records(job, methods)
+    report(job, records(job, ("dense", *(job.methods or METHODS))))
+
+
+def report(job: Job, found: list[Record]) -> None:
+    """Tables and figure of what was found."""
     table, depths = rows(found), rows(found, "kind")
     sets = study.rows([r for r in found if "choices" in r], "frames")
     seconds = {f"{n} {m}": clips.average(some, "seconds")
@@ -116,24 +120,30 @@ def figure(job: Job, table: list[Record], sets: list[Record]) -> None:
     tokens = {r["frames"]: r["prompt"] for r in table}
     with draw.panels(2, 2, 5.2, 3.6) as (fig, axes):
         right, kept, recall, error = axes.flat
-        for (method,), some in clips.grouped(table, "method").items():
-            x, name = [r["prompt"] for r in some], NAMES.get(method, method)
-            draw.curve(right, x, [r["accuracy"] for r in some], name, 100)
+        for number, ((method,), some) in enumerate(clips.grouped(table, "method").items()):
+            name, style = NAMES.get(method, method), {"color": f"C{number}"}
+            x = [r["prompt"] * 1.06 ** (number - 1) for r in some]  # side by side where equal
+            draw.curve(right, x, [r["accuracy"] for r in some], name, 100, **style)
             if method != "dense":
-                draw.curve(kept, x, [r["visual"] for r in some], name, 100)
-        for name in CHOICES:
-            mine = [r for r in sets if r["choice"].startswith(name)]
-            x, label = [tokens[r["frames"]] for r in mine], name.replace("0 recent + ", "")
-            draw.curve(recall, x, [r["recall"] for r in mine], label, 100)
-            draw.curve(error, x, [r["error"] for r in mine], label, 100)
-        right.set(ylabel="needle named, % (95 %)", ylim=(0, 102))
-        kept.set(ylabel="visual tokens kept, % (95 %)", ylim=(0, 102))
+                draw.curve(kept, x, [r["visual"] for r in some], name, 100, **style)
+        for number, (choice, name) in enumerate(CHOICES.items(), start=3):
+            mine, style = (
+                [r for r in sets if r["choice"].startswith(choice)],
+                {"color": f"C{number}"},
+            )
+            x = [tokens[r["frames"]] for r in mine]
+            draw.curve(recall, x, [r["recall"] for r in mine], name, 100, **style)
+            draw.curve(error, x, [r["error"] for r in mine], name, 100, **style)
+        right.set(ylabel="needle named, % (95 %)", ylim=(0, 103))
+        kept.set(ylabel="visual tokens kept, % (95 %)", ylim=(0, 103))
         recall.set(ylabel="recall of the all-rows set, % (95 %)")
         error.set(ylabel="error of p, % of the all-rows p (95 %)")
         for one in axes.flat:
             one.set(xlabel="prompt tokens", xscale="log")
+            one.set_xticks(list(tokens.values()), [f"{n:,}" for n in tokens.values()])
+            one.minorticks_off()
             one.legend()
-        counts = {r["frames"]: r["samples"] for r in table}
-        asked = ", ".join(f"{n} of {f:,} frames" for f, n in counts.items())
-        fig.suptitle(f"one frame in a long video ({job.settings()['model']}; questions: {asked})")
+        counts = {r["frames"]: str(r["samples"]) for r in table}
+        asked = f"{', '.join(counts.values())} questions by length, every second for the probes"
+        fig.suptitle(f"one frame in a long video ({job.settings()['model']} model; {asked})")
         fig.savefig(job.out / "figure.png")
