@@ -76,7 +76,8 @@ def figure(job: Job, table: list[Record]) -> None:
         )
         right.set(xlabel="layer (dotted: fixed ratio)", ylim=(0, 118),
                   ylabel=f"tokens kept, %, {job.frames[-1]} frames")  # fmt: skip
-        left.legend()
+        left.margins(y=0.4)  # room for the legend
+        left.legend(loc="lower right")
         right.legend(ncols=2)
         fig.suptitle(clips.title(job, "fixed against adaptive"))
         fig.savefig(job.out / "figure.png")
