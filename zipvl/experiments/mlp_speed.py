@@ -99,5 +99,6 @@ def figure(job: Job, table: list[Record], what: str) -> None:
         axes.set(xlabel="tokens in attention, % (mean over layers)", ylim=(0, 1.15 * dense),
                  ylabel="prefill, CPU seconds a thread (95 %)")  # fmt: skip
         axes.legend(loc="lower right")
-        fig.suptitle(f"MLP sparsity: {what}, {job.tokens[0]:,} tokens, {job.samples} prefills each")
+        size = f"{job.tokens[0]:,} tokens, {job.samples} prefills each"
+        fig.suptitle(f"MLP sparsity: {what}\n{size}")
         fig.savefig(job.out / "figure.png")
