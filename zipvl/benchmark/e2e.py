@@ -27,9 +27,8 @@ from ..engine.load import demo_clip, load
 from ..engine.run import Run
 from ..engine.sampler import Sampling
 from ..engine.stats import Clock
+from ..engine.watch import Watch
 from ..policy import load_policy
-from ..vision.image import fit_frame
-from ..vision.packing import count_tokens_video
 from ..vision.video import read_video
 from .model import DTYPES, QUESTION
 from .timing import Factory, Row, interleaved, ratios, spread
@@ -82,8 +81,9 @@ def answer(
         for _ in steps:
             pass
         total, stats = clock.now() - began, run.result(0).stats
-        stages = clock.pop() | {
-            "encode": stats.seconds["vision"],
+        read = clock.pop()
+        stages = read | {
+            "encode": read["encode"] + stats.seconds["vision"],
             "prefill": stats.seconds["prefill"],
             "first": first - asked - stats.seconds["vision"] - stats.seconds["prefill"],
             "decode": stats.seconds["decode"] - choosing,
@@ -108,18 +108,20 @@ def middle(found: list[Row]) -> Row:
 
 
 def timed_clip(engine: Engine, path: str, frames: int, clock: Clock) -> Media:
-    """What `read_clip` makes, with the seconds of decoding and resizing apart."""
-    media = engine.config.media
+    """What `read_clip` makes, with the seconds of decoding, resizing and encoding apart."""
+    watch = Watch(engine.model)
 
     def fit(picture: np.ndarray) -> np.ndarray:
         with clock("resize"):
-            return fit_frame(picture, media)
+            return watch(picture)
 
     with clock("read"):
         clip = read_video(path, frames, fit=fit)
     clock.seconds["read"] -= clock.seconds["resize"]
-    tokens = count_tokens_video(len(clip.frames), media, engine.config.vision)
-    return Media("video", torch.from_numpy(clip.frames), None, tokens, clip)
+    clock.seconds["resize"] -= watch.seconds
+    media = watch.media(clip)  # the last frames
+    clock.seconds["encode"] = watch.seconds
+    return media
 
 
 def checkpoint_inputs(engine: Engine, path: str, frames: int, clock: Clock) -> Inputs:

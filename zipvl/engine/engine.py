@@ -30,7 +30,6 @@ from .inputs import (
     as_list,
     build_inputs,
     conversation,
-    read_clip,
     read_image,
 )
 from .memory import memory_errors
@@ -38,6 +37,7 @@ from .progress import Progress
 from .run import Result, Run
 from .sampler import Sampling
 from .stats import Clock
+from .watch import read_clip
 
 CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
 
@@ -83,15 +83,17 @@ class Engine:
         Raises MediaError, UsageError, ModelError.
         """
         began, messages = time.perf_counter(), conversation(prompt, system)
-        with memory_errors(torch.device("cpu"), "reading media", "use fewer --frames"):
+        with memory_errors(self.model.device, "reading media", "use fewer --frames"):
             images = as_list(images)
             pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
             clips = [
-                read_clip(v, self.config, self.progress, frames, fps, start, end)
+                read_clip(v, self.model, self.progress, frames, fps, start, end)
                 for v in as_list(video)
             ]
-        seconds = time.perf_counter() - began
-        return build_inputs(self.chat, self.config, messages, pictures, clips, seconds)
+        read, encode = time.perf_counter() - began, sum(seconds for _, seconds in clips)
+        inputs = build_inputs(self.chat, self.config, messages, pictures, [m for m, _ in clips])
+        inputs.seconds, inputs.vision_seconds = read - encode, encode
+        return inputs
 
     @torch.inference_mode()
     def logits(self, inputs: Inputs | str, method: str | Policy = "dense",
@@ -174,4 +176,5 @@ class Engine:
                     x, pack, policy, self.attend, room, self.chunk, lambda _: step(1)
                 )
         seconds |= clock.pop()
+        seconds["vision"] += sum(i.vision_seconds for i in batch)
         return out

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,9 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import ModelError, UsageError
 from ..model.chat import Chat
-from ..vision.image import Geometry, crops, fit_frame, open_image
-from ..vision.packing import count_tokens_image, count_tokens_video
-from ..vision.video import Clip, read_video
-from .progress import Progress
+from ..vision.image import Geometry, crops, open_image
+from ..vision.packing import count_tokens_image
+from ..vision.video import Clip
 
 Message = dict[str, Any]
 
@@ -28,7 +26,7 @@ class Media:
     """One picture or video, cut to crops, not yet encoded."""
 
     kind: str  # image | video
-    crops: Tensor  # uint8 [n, S, S, 3]
+    crops: Tensor  # uint8 [n, S, S, 3]; none of a long video (watch.py)
     geometry: Geometry | None  # None for a video
     tokens: int
     clip: Clip | None = None  # which frames a video gave; its pixels are `crops`
@@ -47,6 +45,7 @@ class Inputs:
     is_visual: Tensor  # [T] bool
     media: list[Media]  # in the order of their tokens
     seconds: float = 0.0  # spent on reading and resizing media
+    vision_seconds: float = 0.0  # spent on encoding frames meanwhile
     warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -60,23 +59,6 @@ def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
     pixels, geometry = crops(open_image(source), config.media, alone)
     tokens = count_tokens_image(geometry, config.media, config.vision)
     return Media("image", torch.from_numpy(pixels), geometry, tokens)
-
-
-def read_clip(source: VideoSource, config: ModelConfig, progress: Progress, frames: int | None,
-              fps: float | None, start: float | None, end: float | None) -> Media:  # fmt: skip
-    """A video's frames, resized as they are decoded, and its token count; Media pass.
-
-    Raises MediaError, UsageError.
-    """
-    if isinstance(source, Media):
-        return source
-    if isinstance(source, np.ndarray) and frames is not None:
-        frames = min(frames, max(1, len(source)))  # chosen already: none is repeated
-    fit = partial(fit_frame, media=config.media)
-    with progress("read frames", frames or 0) as step:
-        clip = read_video(source, frames, fps, start, end, fit=fit, progress=step)
-    tokens = count_tokens_video(len(clip.frames), config.media, config.vision)
-    return Media("video", torch.from_numpy(clip.frames), None, tokens, clip)
 
 
 def as_list(media: Any) -> Sequence[Any]:
@@ -148,7 +130,7 @@ def split_markers(text: str) -> list[dict]:
 
 
 def build_inputs(chat: Chat, config: ModelConfig, messages: list[Message], images: list[Media],
-                 videos: list[Media], seconds: float) -> Inputs:  # fmt: skip
+                 videos: list[Media]) -> Inputs:  # fmt: skip
     """Token ids of the rendered messages with every medium's placeholder ids in its place."""
     messages, kinds = place_media(messages, len(images), len(videos))
     waiting = {"image": list(images), "video": list(videos)}
@@ -164,7 +146,7 @@ def build_inputs(chat: Chat, config: ModelConfig, messages: list[Message], image
             is_visual = False
         ids += run
         visual += [is_visual] * len(run)
-    inputs = Inputs(torch.tensor(ids), torch.tensor(visual), media, seconds)
+    inputs = Inputs(torch.tensor(ids), torch.tensor(visual), media)
     inputs.warnings += [m.clip.warning for m in media if m.clip and m.clip.warning]
     check_length(inputs, config)
     return inputs

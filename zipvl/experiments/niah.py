@@ -16,6 +16,7 @@ import torch
 
 from ..engine.inputs import Inputs, Media
 from ..engine.run import Result
+from ..engine.watch import HELD
 from ..eval import LARGEST
 from ..evaluation.tasks import Item, needle_items
 from ..vision.packing import count_tokens_video, pack_video
@@ -41,8 +42,8 @@ def watch(job: Job, item: Item) -> Inputs:
     """A question about a video that is drawn and encoded scene by scene, never held as pixels."""
     engine, model, parts = job.engine, job.engine.model, []
     side = min(2 * engine.config.media.size, LARGEST)
-    for scene in item.scenes(side):
-        crops = engine.prepare("", video=scene.numpy(), frames=len(scene)).media[0].crops
+    for some in (some for scene in item.scenes(side) for some in scene.split(HELD)):
+        crops = engine.prepare("", video=some.numpy(), frames=len(some)).media[0].crops
         parts.append(model.features(crops, pool=True))
     tokens = pack_video(torch.cat(parts), engine.config.media, model.image_newline)
     media = Media("video", crops[:0], None, len(tokens), features=tokens)

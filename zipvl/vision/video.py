@@ -25,7 +25,7 @@ SLACK = 1e-6  # seconds: timestamps are ticks times a fraction, and users type 3
 class Clip:
     """Sampled frames of one video, in order; frame numbers and times are the source's own."""
 
-    frames: np.ndarray  # uint8 [F, H, W, 3], after `fit`
+    frames: np.ndarray  # uint8 [F, H, W, 3], or what `fit` made of them
     indices: tuple[int, ...]  # [F] frame numbers in presentation order; repeated when F > total
     times: tuple[float, ...]  # [F] seconds from the first frame of the source
     fps: float  # average frame rate of the source
@@ -161,9 +161,9 @@ def _taken(
 
 
 def _stacked(pictures: list[np.ndarray], rows: list[int]) -> np.ndarray:
-    """uint8 [F, H, W, 3] of the ascending `rows`; takes the list apart, so that no picture is held
+    """[F, ...] of the ascending `rows`; takes the list apart, so that no picture is held
     twice."""
-    frames = np.empty((len(rows), *pictures[0].shape), dtype=np.uint8)
+    frames = np.empty((len(rows), *pictures[0].shape), dtype=pictures[0].dtype)
     for place in reversed(range(len(rows))):
         frames[place] = pictures[rows[place]]
         del pictures[rows[place] + 1 :]
