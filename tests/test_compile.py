@@ -188,9 +188,12 @@ def test_static_and_replayed_steps_answer_as_the_ordinary_one(
         assert [r.tokens for r in got] == [r.tokens for r in wanted]
         alone = using(engine, step).generate(batch[2], **options)
         assert alone.tokens == free[2].tokens
-    # one step of each batch runs as it is, all others are replayed
+    # one step of each batch runs as it is, all others are replayed; who stops at the first token or
+    # the last does not leave a smaller batch to decode
+    steps = min(max(lengths), NEW - 1)
+    batches = 1 + sum(0 < n < steps for n in lengths)
     assert tapes[-1].replays == NEW - 2
-    assert sum(t.replays for t in tapes[:-1]) <= NEW - len(lengths) - 1
+    assert sum(t.replays for t in tapes[:-1]) == steps - batches
     assert all(len(t.ops) > 50 for t in tapes)
 
 
@@ -272,6 +275,7 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.float(), want.float(), rtol=step, atol=4 * step)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_one_compiled_function() -> None:
     """The short form of the next test: compiling the first function takes longest."""

@@ -37,9 +37,11 @@ class Watch:
 
     @torch.inference_mode()
     def encode(self) -> None:
-        began, crops = time.perf_counter(), torch.from_numpy(np.stack(self.waiting))
-        self.parts += [self.model.features(some, pool=True) for some in crops.split(BATCH)]
-        self.waiting.clear()
+        began = time.perf_counter()
+        while self.waiting:
+            crops = torch.from_numpy(np.stack(self.waiting[:BATCH]))
+            del self.waiting[:BATCH]
+            self.parts.append(self.model.features(crops, pool=True))
         self.seconds += time.perf_counter() - began
 
     def media(self, clip: Clip) -> Media:
@@ -52,7 +54,9 @@ class Watch:
             return Media("video", torch.from_numpy(crops), None, tokens, clip)
         if self.waiting:
             self.encode()
-        x = torch.cat(self.parts)[torch.from_numpy(order)]
+        x, self.parts = torch.cat(self.parts), []
+        if not np.array_equal(order, np.arange(len(x))):  # else no second copy of a long video
+            x = x[torch.from_numpy(order)]
         with torch.inference_mode():
             features = pack_video(x, config.media, self.model.image_newline)
         nothing = np.empty((0, config.media.size, config.media.size, 3), dtype=np.uint8)
