@@ -57,7 +57,7 @@ def test_pixels_do_not_pile_up(oracle: Callable, monkeypatch: pytest.MonkeyPatch
 
     def spy(self: Watch, picture: np.ndarray) -> np.ndarray:
         number = call(self, picture)
-        most.append(len(self.waiting))
+        most.append(self.waiting)
         return number
 
     monkeypatch.setattr(Watch, "__call__", spy)

@@ -24,24 +24,25 @@ class Watch:
 
     def __init__(self, model: VLM):
         self.model, self.count, self.seconds = model, 0, 0.0
-        self.waiting: list[np.ndarray] = []  # uint8 [S, S, 3]
+        size = model.config.media.size
+        self.places = torch.empty(HELD, size, size, 3, dtype=torch.uint8)  # filled again and again
+        self.waiting = 0  # frames in them
         self.parts: list[Tensor] = []  # features [n, N, C]
 
     def __call__(self, picture: np.ndarray) -> np.ndarray:
         """A frame uint8 [h, w, 3]; returns its number [1], which stands for it from now on."""
-        if len(self.waiting) == HELD:
+        if self.waiting == HELD:
             self.encode()
-        self.waiting.append(fit_frame(picture, self.model.config.media))
+        self.places[self.waiting] = torch.from_numpy(fit_frame(picture, self.model.config.media))
+        self.waiting += 1
         self.count += 1
         return np.array([self.count - 1])
 
     @torch.inference_mode()
     def encode(self) -> None:
-        began = time.perf_counter()
-        while self.waiting:
-            crops = torch.from_numpy(np.stack(self.waiting[:BATCH]))
-            del self.waiting[:BATCH]
-            self.parts.append(self.model.features(crops, pool=True))
+        began, crops = time.perf_counter(), self.places[: self.waiting]
+        self.parts += [self.model.features(some, pool=True) for some in crops.split(BATCH)]
+        self.waiting = 0
         self.seconds += time.perf_counter() - began
 
     def media(self, clip: Clip) -> Media:
@@ -49,7 +50,7 @@ class Watch:
         config, order = self.model.config, clip.frames[:, 0]
         tokens = count_tokens_video(len(order), config.media, config.vision)
         if not self.parts:
-            crops = np.stack(self.waiting)[order]
+            crops = self.places.numpy()[order]
             clip = replace(clip, frames=crops)
             return Media("video", torch.from_numpy(crops), None, tokens, clip)
         if self.waiting:
