@@ -148,7 +148,7 @@ def draw(reports: list[dict], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for report in reports:
+    for report in joined(reports):
         rows, about = report["rows"], report["machine"]
         for name, paint in FIGURES.get(rows[0]["bench"], {}).items():
             figure = Figure(figsize=(6, 3.8), dpi=100, layout="constrained")
@@ -165,6 +165,16 @@ def draw(reports: list[dict], folder: Path) -> list[Path]:
             made.append(folder / f"{name}_{report['shape']}_{report['dtype']}.png")
             figure.savefig(made[-1])
     return made
+
+
+def joined(reports: list[dict]) -> list[dict]:
+    """Reports of the same benchmark on the same model as one."""
+    out: dict[tuple, dict] = {}
+    for report in reports:
+        key = report["rows"][0]["bench"], report["shape"], report["dtype"], report.get("layers")
+        before = out.get(key, report | {"rows": []})
+        out[key] = before | {"rows": before["rows"] + report["rows"]}
+    return list(out.values())
 
 
 def main() -> None:
