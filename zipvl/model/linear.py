@@ -2,7 +2,7 @@
 
 Decoding multiplies every weight by one row per sequence, so it is as fast as weights can be read.
 PyTorch's F.linear on CPUs does not reach that speed for few rows; the same product written as
-matrix-vector, or as W x^T, does (docs/results/: `bench.py linear`). Many rows are as fast as the
+matrix-vector, or as W x^T, does (lab/results/: `bench.py linear`). Many rows are as fast as the
 products are, and CPUs without 16-bit products take some eight times longer over those than over
 float32 ones: there a block of W at a time is widened. Elsewhere this is nn.Linear.
 """

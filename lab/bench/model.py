@@ -1,0 +1,132 @@
+"""A decoder of a real model's shape with random weights: its speed is real, its answers are not."""
+
+import copy
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from zipvl.config import TextConfig
+from zipvl.engine.cache import LayerCache
+from zipvl.engine.engine import CHUNK
+from zipvl.engine.graph import Step
+from zipvl.model import kernels
+from zipvl.model.compiled import compile_rows
+from zipvl.model.decoder import Decoder, Prefilled
+from zipvl.model.linear import Linear
+from zipvl.model.pack import Pack
+from zipvl.model.vlm import VLM
+from zipvl.model.weights_only import FEW, PackedLinear, check_kind, pack_weights
+from zipvl.policy import load_policy
+
+SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
+    "qwen2-0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151936),
+    "longva-7b": ("qwen2", 28, 3584, 28, 4, 128, 18944, 152064),
+    "llava-1.5-7b": ("llama", 32, 4096, 32, 32, 128, 11008, 32064),
+    "llava-next-13b": ("llama", 40, 5120, 40, 40, 128, 13824, 32064),
+    "tiny": ("qwen2", 2, 64, 4, 2, 16, 128, 512),
+    "tiny-384": ("qwen2", 2, 64, 4, 2, 16, 128, 512),  # behind frames of a real tower's size
+}
+TIED = ("qwen2-0.5b", "tiny", "tiny-384")  # whose head is the embedding
+QUESTION = 64  # text tokens at the end of a benchmark prompt; the others count as visual
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def text_config(shape: str, layers: int | None = None) -> TextConfig:
+    kind, depth, width, heads, kv_heads, head_dim, ffn, vocab = SHAPES[shape]
+    return TextConfig(
+        kind, vocab, width, ffn, layers or depth, heads, kv_heads, head_dim, 1e-6, 1e6,
+        qkv_bias=kind == "qwen2", tied=shape in TIED,
+    )  # fmt: skip
+
+
+def fill(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Random weights for a module on the meta device, never a second copy of them."""
+    torch.manual_seed(0)
+    module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
+
+
+class Model:
+    """A random decoder with its head, tied to the embedding."""
+
+    def __init__(self, shape: str, device: str, dtype: torch.dtype, attn: str, layers: int | None):
+        self.config = text_config(shape, layers)
+        with torch.device("meta"):
+            self.decoder = Decoder(self.config)
+            self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        fill(self.decoder, device, dtype)
+        self.lm_head.weight = self.decoder.embed_tokens.weight
+        self.device, self.dtype = torch.device(device), dtype
+        self.backend, self.attend = kernels.pick(attn, self.device, dtype, self.config.head_dim)
+
+    def twin(self, change: Callable[[nn.ModuleDict], object]) -> "Model":
+        """New modules around the same tensors, `text` and `head`, after a change."""
+        twin, memo = copy.copy(self), {id(p): p for p in self.decoder.parameters()}
+        both = copy.deepcopy(nn.ModuleDict({"text": self.decoder, "head": self.lm_head}), memo)
+        change(both)
+        twin.decoder = cast(Decoder, both["text"])
+        twin.lm_head = cast(Linear, both["head"])
+        return twin
+
+    def packed(self, kind: str) -> "Model":
+        """The same tensors, and copies of the linear layers' in `kind` for decoding."""
+        check_kind(kind, self.device)
+        return self.twin(lambda both: pack_weights(both, kind))
+
+    def compiled(self) -> "Model":
+        """The same tensors, row-wise parts compiled."""
+        return self.twin(lambda both: compile_rows(cast(Decoder, both["text"])))
+
+    def stepper(self, kind: type[Step], caches: list[LayerCache]) -> Step:
+        """Decode steps of one `kind` over `caches`; a Step needs no more of a VLM than this has."""
+        return kind(cast(VLM, self), caches, load_policy("dense"), self.attend)
+
+    @property
+    def text(self) -> Decoder:
+        return self.decoder
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in self.decoder.parameters())
+
+    @property
+    def packs(self) -> list[PackedLinear]:
+        modules = (*self.decoder.modules(), self.lm_head)
+        return [m for m in modules if isinstance(m, PackedLinear)]
+
+    def step_bytes(self, batch: int) -> int:
+        """Bytes of weights that a decode step of `batch` sequences reads."""
+        packs = self.packs if batch <= FEW else []
+        return self.weight_bytes + sum(m.packed_bytes - m.weight.nbytes for m in packs)
+
+    def pack(self, tokens: int) -> Pack:
+        """One sequence of `tokens`, all visual but the question at the end."""
+        positions = torch.arange(tokens, device=self.device)
+        visual = positions < tokens - QUESTION
+        return Pack.build([tokens], positions, visual, self.config, self.dtype)
+
+    def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Prefilled]:
+        """Logits of the last token, and what the prefill left."""
+        pack = self.pack(len(ids))
+        x = self.decoder.embed_tokens(ids)
+        chunk = CHUNK.get(self.device.type)
+        out = self.decoder.prefill(x, pack, load_policy(method), self.attend, room, chunk)
+        return self.logits(out.hidden[-1:]), out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+    def caches(self, lengths: list[int], room: int) -> list[LayerCache]:
+        """Random caches, `lengths` slots by sequence, to time decoding without a prefill."""
+        c, at = self.config, [torch.arange(n, device=self.device) for n in lengths]
+
+        def some() -> list[Tensor]:
+            shapes = [(n, c.num_kv_heads, c.head_dim) for n in lengths]
+            return [torch.randn(s, dtype=self.dtype, device=self.device) for s in shapes]
+
+        return [
+            LayerCache(some(), some(), at, room, [{} for _ in lengths]) for _ in range(c.num_layers)
+        ]

@@ -1,0 +1,1 @@
+"""Accuracy of methods on questions with known answers; the command is `python -m lab.eval`."""

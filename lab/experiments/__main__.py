@@ -1,0 +1,86 @@
+"""The paper's experiments; docs/experiments.md says what each asks and what came out.
+
+    python -m lab.experiments NAME [--model PATH] [--out DIR] [--samples N]
+
+Writes records.jsonl (a second run continues there), result.json, table.md and figure.png.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from zipvl.errors import UsageError, ZipvlError
+
+from ..eval.tasks import split_methods
+from .job import Job, policy
+
+NAMES = {
+    "tau": "accuracy and kept share against tau",
+    "fixed": "a fixed ratio against the adaptive one",
+    "layers": "kept tokens by layer and question; correlation with difficulty",
+    "methods": "every method: accuracy against attention work and cache bytes",
+    "always": "tokens that always stay; dropped queries or dropped keys?",
+    "fill": "what left-out tokens receive, and other cheap changes, on visual tokens",
+    "probes": "which probe rows find what all rows find, and what they answer",
+    "niah": "one frame in a long video, against length",
+    "text_probes": "probe rows on a text decoder, against length",
+    "text_fixed": "a fixed ratio against the adaptive one on a text decoder",
+    "mlp": "tokens left out of attention skip the MLP, too (text decoder)",
+    "mlp_clips": "tokens left out of attention skip the MLP, too: accuracy on clips",
+    "mlp_speed": "tokens left out of attention skip the MLP, too: time of a prefill",
+    "text_tau": "loss of a text decoder against tau and attention work; what left-out tokens get",
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    listed = "\n".join(f"  {name:<12} {what}" for name, what in NAMES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.experiments",
+        description=__doc__,
+        epilog=f"experiments:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("name", choices=NAMES, metavar="NAME")
+    add("-m", "--model", help="folder or hub id (default: the bundled demo model)")
+    add("--out", type=Path, help="folder for the results (default: results/NAME)")
+    add("--samples", type=int, default=40, help="questions a frame count, or windows of text")
+    add("--seed", type=int, default=0)
+    add("--method", help="methods instead of the experiment's own, comma between")
+    add("--frames", default="16,64", help="frames of a clip, comma between (default: %(default)s)")
+    add("--tokens", default="1024", help="prompt of a text window (default: %(default)s)")
+    add("--device", default="auto")
+    return parser.parse_args(argv)
+
+
+def whole(option: str, text: str) -> tuple[int, ...]:
+    """`16,64` as numbers of 1 or more. Raises UsageError."""
+    if not all(n.isdecimal() and int(n) > 0 for n in text.split(",")):
+        raise UsageError(f"{option} {text!r}: give whole numbers above 0, as in 16,64")
+    return tuple(map(int, text.split(",")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        methods = split_methods(args.method) if args.method else []
+        for method in methods:
+            policy(method)
+        frames, tokens = whole("--frames", args.frames), whole("--tokens", args.tokens)
+        if args.samples < 1:
+            raise UsageError(f"--samples is {args.samples}: give 1 or more")
+        out = args.out or Path("results") / args.name
+        job = Job(args.name, out, args.model, args.samples, args.seed, tuple(methods), frames,
+                  tokens, args.device)  # fmt: skip
+        import_module(f".{args.name}", __package__).run(job)
+    except ZipvlError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

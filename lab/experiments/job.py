@@ -1,0 +1,148 @@
+"""What every experiment shares: its arguments, records that outlive an interruption, its results.
+
+OUT/records.jsonl grows by a line per unit and method; a second run continues where it ends.
+OUT/result.json holds settings and rows and nothing that changes from run to run; when and where it
+was made is in OUT/run.json.
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from zipvl.engine.engine import Engine
+from zipvl.engine.load import load
+from zipvl.errors import UsageError
+from zipvl.policy import Policy, load_policy
+
+from .stats import rounded
+
+Record = dict[str, Any]
+IDEAS = "ideas.py:"
+
+
+def policy(method: str) -> Policy:
+    """load_policy, for which `ideas.py:X` is the file beside this one."""
+    here = str(Path(__file__).with_name("ideas.py"))
+    return load_policy(method.replace(IDEAS, f"{here}:", 1) if method[:9] == IDEAS else method)
+
+
+@dataclass
+class Job:
+    """One run of one experiment."""
+
+    name: str
+    out: Path
+    model: str | None = None  # None: the bundled demo model
+    samples: int = 40
+    seed: int = 0
+    methods: tuple[str, ...] = ()  # instead of the experiment's own
+    frames: tuple[int, ...] = (16, 64)
+    tokens: tuple[int, ...] = (1024,)  # prompt lengths of text experiments
+    device: str = "auto"
+    began: float = field(default_factory=time.time)
+    loaded: list[Engine] = field(default_factory=list)
+
+    @property
+    def engine(self) -> Engine:
+        if not self.loaded:
+            self.loaded.append(load(self.model, device=self.device))
+        return self.loaded[0]
+
+    def settings(self) -> Record:
+        """What the records of a folder must have in common."""
+        name = Path(self.model).name if self.model else "demo"
+        return {"experiment": self.name, "model": name, "seed": self.seed,
+                "frames": list(self.frames), "tokens": list(self.tokens)}  # fmt: skip
+
+    def records(
+        self,
+        units: Iterable[str],
+        methods: Iterable[str],
+        prepare: Callable[[list[str]], Any],
+        measure: Callable[[Any, str], list[Record]],
+        chunk: int = 1,
+    ) -> list[Record]:
+        """A record for every unit and method, those in OUT first; `prepare` makes `chunk` units
+        ready, `measure` gives a record for each of them."""
+        path, methods, units = self.out / "records.jsonl", list(methods), list(units)
+        done = {(r["unit"], r["method"]): r for r in self.earlier(path)}
+        chunks = [units[i : i + chunk] for i in range(0, len(units), chunk)]
+        with path.open("a", encoding="utf-8") as file:
+            for some in tqdm(chunks, desc=self.name, disable=not sys.stderr.isatty()):
+                missing = [m for m in methods if any((u, m) not in done for u in some)]
+                ready = prepare(some) if missing else None
+                for method in missing:
+                    for unit, found in zip(some, measure(ready, method), strict=True):
+                        record = rounded({"unit": unit, "method": method} | found)
+                        done[unit, method] = record
+                        file.write(json.dumps(record) + "\n")
+                    file.flush()
+        return [done[u, m] for u in units for m in methods]
+
+    def earlier(self, path: Path) -> list[Record]:
+        """Records of an interrupted run; UsageError if they belong to another one."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps(self.settings()) + "\n", encoding="utf-8")
+        try:
+            first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        except ValueError:
+            raise UsageError(f"{path} is damaged: delete its last line, or the file") from None
+        if first != self.settings():
+            raise UsageError(f"{path} belongs to a run with other settings: give another --out")
+        return rest
+
+    def finish(
+        self,
+        rows: list[Record],
+        columns: dict[str, str],
+        timing: Record | None = None,
+        **more: Any,
+    ) -> None:
+        """Writes result.json, table.md and run.json (with `timing`), and prints the table."""
+        result = {"settings": self.settings() | {"samples": self.samples}, "rows": rows} | more
+        (self.out / "result.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
+        text = table(rows, columns)
+        (self.out / "table.md").write_text(text, encoding="utf-8")
+        print(text, end="")
+        where = {"finished": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+                 "session_seconds": round(time.time() - self.began), "torch": torch.__version__,
+                 "device": str(self.engine.model.device), "threads": torch.get_num_threads(),
+                 "processor": processor(), "cores": os.cpu_count()} | (timing or {})  # fmt: skip
+        (self.out / "run.json").write_text(json.dumps(where, indent=1) + "\n", encoding="utf-8")
+
+
+def processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.machine())
+
+
+def table(rows: list[Record], columns: dict[str, str]) -> str:
+    """Markdown; `columns` gives each key a heading; {value, low, high} shows its interval."""
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cell(r.get(key)) for key in columns) + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, dict):
+        low, high = value["low"], value["high"]
+        inside = "" if low is None or low != low else f" ({low:.3g} to {high:.3g})"
+        return f"{value['value']:.3g}{inside}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else str(value).replace("|", "\\|")

@@ -1,0 +1,95 @@
+"""Long text without downloads, and the loss of a decoder on what follows a prompt.
+
+The text is the Python language reference as it ships inside CPython (pydoc_data.topics, PSF
+licence): prose, tables and code on one subject. A window is `tokens` of prompt and TAIL that follow
+it. The prompt is prefilled under a method, and the TAIL is scored against the cache it left, each
+token given the true ones before it. Loss inside the prompt would mean nothing: there, tokens that
+are left out attend to nothing.
+"""
+
+import math
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zipvl.engine.engine import Engine
+from zipvl.engine.inputs import Inputs
+from zipvl.engine.stats import layer_rows
+from zipvl.errors import UsageError
+from zipvl.model.decoder import Prefilled
+from zipvl.model.kernels import Spans
+from zipvl.model.pack import Pack
+from zipvl.policy import Policy
+
+from .job import Job, Record, policy
+
+TAIL = 128
+
+
+def windows(engine: Engine, tokens: int, samples: int, seed: int) -> list[Tensor]:
+    """`samples` windows of token ids [tokens + TAIL], without overlap, in a seeded order.
+
+    Raises UsageError when the text is too short for so many.
+    """
+    ids = engine.chat.encode("\n\n".join(topics[name] for name in sorted(topics)))
+    size = tokens + TAIL
+    found = torch.tensor(ids)[: len(ids) // size * size].unflatten(0, (-1, size))
+    if len(found) < samples:
+        raise UsageError(f"the text has {len(found)} windows of {size} tokens: lower --samples")
+    order = np.random.default_rng(seed).permutation(len(found))[:samples]
+    return [found[i] for i in order]
+
+
+@torch.inference_mode()
+def continuation(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, Prefilled]:
+    """Mean loss in nats of ids' last TAIL tokens after a prompt of all before them."""
+    prompt, tail = ids[:-TAIL], ids[-TAIL:].to(engine.model.device)
+    inputs = Inputs(prompt, torch.zeros(len(prompt), dtype=torch.bool), [])
+    out = engine.prefill([inputs], method, 0, {})
+    hidden = torch.cat((out.hidden[-1:], follow(engine, out, tail[:-1], len(prompt))))
+    return float(torch.nn.functional.cross_entropy(engine.model.logits(hidden), tail)), out
+
+
+def follow(engine: Engine, out: Prefilled, ids: Tensor, start: int) -> Tensor:
+    """Hidden states [n, C] of n known tokens that follow a prompt, over the caches it left.
+
+    All at once what decoding does token by token (for methods that evict nothing meanwhile).
+    """
+    model, n = engine.model.text, len(ids)
+    positions = torch.arange(start, start + n, device=ids.device)
+    x = model.embed_tokens(ids)
+    pack = Pack.build([n], positions, torch.zeros_like(positions) > 0, model.config, x.dtype)
+    for block, cache in zip(model.blocks(), out.caches, strict=True):
+        layer, h = block.self_attn, block.input_layernorm(x)
+        k, v, spans = cache.read()
+        [at] = spans.slices()
+        k = torch.cat((k[at], layer.keys(h, pack)))
+        v = torch.cat((v[at], layer.v_proj(h).unflatten(-1, (-1, layer.config.head_dim))))
+        q = layer.queries(h, pack, slice(None))
+        o = engine.attend(q, k, v, pack.spans, Spans([len(k)], k.device))
+        x = block.feed_forward(x + layer.o_proj(o.flatten(1)))
+    return model.norm(x)
+
+
+def records(job: Job, methods: list[str]) -> list[Record]:
+    """Loss, kept shares and work of every method on every window."""
+    [tokens, *_] = job.tokens
+    some = windows(job.engine, tokens, job.samples, job.seed)
+
+    def measure(ids: Any, method: str) -> list[Record]:
+        loss, out = continuation(job.engine, ids, policy(method))
+        rows = layer_rows(out.layers, 0, tokens)
+        if not math.isfinite(loss):
+            raise UsageError(f"method {method} gives a loss of {loss}")
+        record = {
+            "loss": loss,
+            "ratios": [r["ratio"] for r in rows],
+            "work": sum(r["work"] for r in rows) / len(rows),
+            "cached": sum(r["cached"] for r in rows) / len(rows) / tokens,
+        }
+        return [record]
+
+    return job.records(map(str, range(job.samples)), methods, lambda u: some[int(u[0])], measure)

@@ -1,0 +1,460 @@
+"""The experiments: statistics against known values, resuming, every command on a few samples."""
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import zipvl
+from lab.demo.checkpoint import write_plain, write_weights
+from lab.experiments import (
+    clips,
+    fill,
+    fixed,
+    ideas,
+    methods,
+    mlp,
+    mlp_speed,
+    stats,
+    study,
+    text,
+)
+from lab.experiments.__main__ import NAMES, main
+from lab.experiments.job import Job, cell, policy, table
+from zipvl.engine.engine import Engine
+from zipvl.engine.inputs import Inputs
+from zipvl.errors import UsageError
+from zipvl.layouts import read_config
+from zipvl.model.vlm import VLM
+from zipvl.policies.zipvl import ZipVL
+from zipvl.policy import METHODS, Policy, View, load_policy
+from zipvl.testing import check_policy
+from zipvl.testing.toy import Toy
+
+# --- statistics -------------------------------------------------------------------------------
+
+
+def test_ranks_share_ties() -> None:
+    np.testing.assert_array_equal(stats.ranks(np.array([3.0, 1, 3, 7])), [1.5, 0, 1.5, 3])
+
+
+def test_spearman_by_hand() -> None:
+    """Textbook pairs with a tie, and the two extremes."""
+    assert stats.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7])["value"] == pytest.approx(0.8207826817)
+    x = np.random.default_rng(0).normal(size=40)
+    up, down = stats.spearman(x, np.exp(x)), stats.spearman(x, -x)
+    assert [up["value"], up["low"], up["high"]] == pytest.approx([1, 1, 1])
+    assert down["value"] == pytest.approx(-1)
+    loose = stats.spearman(x, np.random.default_rng(1).normal(size=40))
+    assert loose["low"] < loose["value"] < loose["high"]
+
+
+def test_spearman_interval_of_correlated_normals() -> None:
+    """Fisher's z gives nearly the same interval for many pairs."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=400)
+    got = stats.spearman(x, x + rng.normal(size=400))
+    z, half = np.arctanh(got["value"]), 1.96 * np.sqrt(1.06 / 397)
+    assert [got["low"], got["high"]] == pytest.approx(np.tanh([z - half, z + half]), abs=0.03)
+
+
+def test_mean_interval_is_that_of_the_normal_law() -> None:
+    values = np.random.default_rng(3).normal(5, 2, size=300)
+    got, half = stats.mean(values), 1.96 * values.std() / np.sqrt(300)
+    assert got["value"] == pytest.approx(values.mean())
+    assert [got["low"], got["high"]] == pytest.approx(
+        [values.mean() - half, values.mean() + half], abs=0.04
+    )
+    assert got == stats.mean(values)
+    assert got != stats.mean(values, seed=1)
+
+
+def test_one_value_has_no_interval() -> None:
+    one = stats.mean([2.5])
+    assert one["value"] == 2.5
+    assert np.isnan(one["low"])
+    assert stats.rounded(one) == {"value": 2.5, "low": None, "high": None}
+    assert cell(stats.rounded(one)) == "2.5"
+
+
+def test_share_is_wilsons() -> None:
+    """8 of 10: Wilson's interval as Newcombe (1998) prints such cases."""
+    got = stats.share([True] * 8 + [False] * 2)
+    assert [got["value"], got["low"], got["high"]] == pytest.approx([0.8, 0.4902, 0.9433], abs=1e-4)
+
+
+def test_frontier_by_hand() -> None:
+    rows = [
+        {"cost": c, "accuracy": {"value": a}} for c, a in ((3, 0.9), (1, 0.5), (2, 0.4), (4, 0.9))
+    ]
+    assert [r["cost"] for r in methods.frontier(rows, "cost")] == [1, 3]
+
+
+# --- records that outlive an interruption -----------------------------------------------------
+
+
+def test_a_second_run_measures_only_what_is_missing(tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def measure(units: list[str], method: str) -> list[dict]:
+        asked.extend((u, method) for u in units)
+        return [{"x": 1 / 3, "unit_was": u} for u in units]
+
+    def go(units: str, names: str) -> list[dict]:
+        return Job("tau", tmp_path).records(units, names, lambda u: u, measure, 2)
+
+    go("abc", "m")
+    assert asked == [("a", "m"), ("b", "m"), ("c", "m")]
+    asked.clear()
+    assert [(r["unit"], r["method"]) for r in go("abcd", "mn")][:3] == [
+        ("a", "m"),
+        ("a", "n"),
+        ("b", "m"),
+    ]
+    assert asked == [("a", "n"), ("b", "n"), ("c", "m"), ("d", "m"), ("c", "n"), ("d", "n")]
+    asked.clear()
+    again = go("ab", "n")
+    assert not asked
+    assert again == [{"unit": u, "method": "n", "x": 0.333333, "unit_was": u} for u in "ab"]
+
+
+def test_records_of_another_run_are_refused(tmp_path: Path) -> None:
+    Job("tau", tmp_path).records(["a"], ["m"], lambda u: u, lambda u, m: [{}])
+    with pytest.raises(UsageError, match="other settings"):
+        Job("tau", tmp_path, seed=1).records(["a"], ["m"], lambda u: u, lambda u, m: [{}])
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"unit": ')
+    with pytest.raises(UsageError, match="damaged"):
+        Job("tau", tmp_path).records(["a"], ["m"], lambda u: u, lambda u, m: [{}])
+
+
+def test_table() -> None:
+    rows = [{"a": 1, "b": {"value": 0.5, "low": 0.25, "high": 0.75}}, {"a": "x | y"}]
+    assert table(rows, {"a": "A", "b": "B"}).splitlines()[2:] == [
+        "| 1 | 0.5 (0.25 to 0.75) |",
+        "| x \\| y |  |",
+    ]
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's layout with two layers and random weights."""
+    folder = tmp_path_factory.mktemp("experiments") / "random"
+    write_plain(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    model = VLM(read_config(folder))
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=chance)
+            p.copy_(1 + 0.1 * noise if "norm" in name else 0.1 * noise)
+    write_weights(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return zipvl.load(folder, device="cpu")
+
+
+def ids(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(7, 500, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "topics", {name: topics[name] for name in ("async", "types", "try")})
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_dense_continuation_is_the_models_own_loss(engine: Engine) -> None:
+    tokens = ids(40 + text.TAIL)
+    got, _ = text.continuation(engine, tokens, policy("dense"))
+    whole = Inputs(tokens, torch.zeros(len(tokens), dtype=torch.bool), [])
+    logits = engine.logits(whole, "dense")[-text.TAIL - 1 : -1]
+    assert got == pytest.approx(
+        nn.functional.cross_entropy(logits, tokens[-text.TAIL :]).item(), abs=1e-5
+    )
+
+
+@torch.inference_mode()
+def test_following_at_once_is_decoding_token_by_token(engine: Engine) -> None:
+    tokens, n, sparse = ids(300, 1), 9, policy("zipvl:tau=0.8,always=last")
+    model = engine.model
+    prompt = Inputs(tokens[:-n], torch.zeros(300 - n, dtype=torch.bool), [])
+    out = engine.prefill([prompt], sparse, 0, {})
+    assert out.layers[0].attended[0] < 300 - n
+    got = text.follow(engine, out, tokens[-n:], 300 - n)
+    steps = engine.prefill([prompt], sparse, n, {})
+    want = [
+        model.text.decode(model.text.embed_tokens(tokens[i : i + 1]), torch.tensor([i]), steps.caches,
+                          sparse, engine.attend)
+        for i in range(300 - n, 300)
+    ]  # fmt: skip
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-5)
+
+
+def test_windows_are_apart_and_grow_with_the_samples(engine: Engine) -> None:
+    few, many = text.windows(engine, 100, 3, 5), text.windows(engine, 100, 6, 5)
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=False))
+    assert len({tuple(w.tolist()) for w in many}) == 6
+    assert all(len(w) == 100 + text.TAIL for w in many)
+    with pytest.raises(UsageError, match="lower --samples"):
+        text.windows(engine, 100, 10**6, 5)
+
+
+# --- probes -----------------------------------------------------------------------------------
+
+
+def some_view(T: int = 90, H: int = 4, G: int = 2, D: int = 8) -> View:
+    chance = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(n, T, D, generator=chance) for n in (H, G, G))
+    place = torch.arange(T)
+    return View(1, 3, k, place, place % 3 > 0, lambda: q, lambda: v)
+
+
+def test_mass_of_all_rows_is_the_heads_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = some_view()
+    scores = torch.einsum("htd,hsd->hts", view.q, view.k.repeat_interleave(2, 0)) / 8**0.5
+    hidden = torch.ones(90, 90, dtype=torch.bool).triu(1)
+    want = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0).sum(0)
+    for block in (1, 4 * 90 * 17, 10**6):  # one row, 17 rows, all rows at a time
+        monkeypatch.setattr(study, "BLOCK", block)
+        torch.testing.assert_close(study.all_rows(view), want)
+
+
+def test_all_rows_find_themselves() -> None:
+    all_rows = {"all": ZipVL(0.9, 90, 0, "none"), "few": ZipVL(0.9, 4, 4, "none")}
+    watch = study.Study(0.9, all_rows)
+    assert watch.plan(some_view()).attend is None
+    found = watch.record()
+    assert found["all"]["recall"] == 1
+    assert found["all"]["error"] == 0
+    assert found["few"]["recall"] < 1
+
+
+# --- ideas and MLPs ---------------------------------------------------------------------------
+
+
+IDEAS = [c for c in vars(ideas).values() if isinstance(c, type) and c.__module__ == ideas.__name__]
+
+
+@pytest.mark.parametrize("idea", IDEAS, ids=lambda c: c.__name__)
+def test_ideas_keep_the_contract(idea: type[Policy]) -> None:
+    assert type(policy(f"ideas.py:{idea.__name__}")).__name__ == idea.__name__
+    options = {"ratios": "0.5/0.4/0.6"} if idea is ideas.Profile else {}
+    check_policy(idea, **options)
+
+
+def test_profile_keeps_each_layers_share() -> None:
+    toy = Toy.build(4, 2)
+    tokens, visual = toy.prompt(300, "all")
+    visual[-5:] = False
+    plans = toy.run(policy("ideas.py:Profile:ratios=0.3/0.5/1.0"), [(tokens, visual)]).seen.plans
+    assert [p.attend is None or len(p.attend) for p in plans[:3]] == [90, 150, True]
+    same = toy.run(policy("fixed:ratio=0.3"), [(tokens, visual)]).seen.plans[0]
+    assert torch.equal(plans[0].attend, same.attend)
+
+
+def test_rivals_have_the_mean_ratio() -> None:
+    found = [{"method": "a", "ratios": [0.2, 0.4]}, {"method": "a", "ratios": [0.4, 0.8]}]
+    assert fixed.rivals(found, "a") == ("fixed:ratio=0.450", "ideas.py:Profile:ratios=0.300/0.600")
+
+
+def test_each_length_has_its_own_rivals(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lengths together give what each gives alone, and the shares of both sides are equal."""
+    monkeypatch.setattr(clips, "ANSWER", 1)
+    monkeypatch.setattr(fixed, "TAUS", (0.6,))
+    rows = []
+    for frames in ((2, 20), (2,), (20,)):
+        job = Job("fixed", tmp_path / str(len(rows)), str(folder), 1, frames=frames, device="cpu")
+        fixed.run(job)
+        rows += json.loads((job.out / "result.json").read_text())["rows"]
+    assert rows[:2] == rows[2:]
+    assert rows[1]["fixed_kept"] == pytest.approx(rows[1]["adaptive_kept"], abs=0.01)
+    assert rows[0]["fixed_kept"] != pytest.approx(rows[1]["fixed_kept"], abs=0.01)
+
+
+@torch.inference_mode()
+def test_sparse_mlps(engine: Engine) -> None:
+    """Rows left out of a layer's attention pass its MLP unchanged; afterwards all is as before."""
+    tokens = ids(300, 3)
+    prompt, sparse = (
+        Inputs(tokens, torch.zeros(300, dtype=torch.bool), []),
+        policy("zipvl:tau=0.7,always=last"),
+    )
+    before = engine.prefill([prompt], sparse, None, {}).hidden
+    with mlp.sparse_mlps(engine.model.text, 0.5):  # layer 1 of 2
+        got = engine.prefill([prompt], sparse, None, {}).hidden
+    torch.testing.assert_close(engine.prefill([prompt], sparse, None, {}).hidden, before)
+    inner, kept = [], []
+    blocks = list(engine.model.text.blocks())
+    hooks = [
+        blocks[1].register_forward_pre_hook(lambda *_: None),
+        blocks[1].input_layernorm.register_forward_hook(lambda m, i, o: inner.append(i[0])),
+    ]
+    original = blocks[1].self_attn.plan
+    blocks[1].self_attn.plan = lambda *a: kept.append(original(*a)) or kept[-1]
+    engine.prefill([prompt], sparse, None, {})
+    del blocks[1].self_attn.plan
+    for hook in hooks:
+        hook.remove()
+    out = torch.ones(300, dtype=torch.bool)
+    out[kept[0].attend] = False
+    assert out.any()
+    torch.testing.assert_close(got[~out], before[~out])
+    # fill=zero: nothing is added to a left-out token in this layer at all
+    torch.testing.assert_close(got[out], engine.model.text.norm(torch.cat(inner)[out]))
+    with mlp.sparse_mlps(engine.model.text, 0.0):
+        dense = engine.prefill([prompt], policy("dense"), None, {}).hidden
+    torch.testing.assert_close(dense, engine.prefill([prompt], policy("dense"), None, {}).hidden)
+
+
+@torch.inference_mode()
+def test_sparse_mlps_of_a_batch_in_parts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt of a batch, in parts of 64 rows, as alone and whole; a token decoded after it."""
+    prompts = [Inputs(ids(n, n), torch.zeros(n, dtype=torch.bool), []) for n in (150, 90, 200)]
+    sparse = policy("zipvl:tau=0.7,always=last,recent=16,random=16")
+    with mlp.sparse_mlps(engine.model.text, 0.0):
+        alone = [engine.prefill([p], sparse, None, {}).hidden for p in prompts]
+        answers = [engine.generate(p, sparse, max_new_tokens=3).tokens for p in prompts]
+        monkeypatch.setattr(engine, "chunk", 64)
+        together = engine.prefill(prompts, sparse, None, {}).hidden
+        assert [r.tokens for r in engine.generate(prompts, sparse, max_new_tokens=3)] == answers
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    plain = engine.prefill(prompts, sparse, None, {}).hidden
+    assert (together - plain).abs().max() > 0.01
+
+
+def test_share_of_mlp_rows_by_hand() -> None:
+    ratios = [0.5, 0.3, 0.2, 0.4]
+    assert mlp.mlp_share(ratios, 1.0) == 1
+    assert mlp.mlp_share(ratios, 0.5) == pytest.approx((2 + 0.2 + 0.4) / 4)
+    assert mlp.mlp_share(ratios, 0.0) == pytest.approx(0.35)
+
+
+def test_speed_on_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_speed, "SHAPE", "tiny")
+    monkeypatch.setattr(mlp_speed, "LAYERS", 2)
+    job = Job("mlp_speed", tmp_path, samples=2, tokens=(200,), device="cpu")
+    mlp_speed.run(job)
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [r["mlp"] for r in rows if "ratio=0.5" in r["method"]] == pytest.approx([1, 0.75, 0.5])
+    assert all(r["seconds"]["value"] > 0 for r in rows)
+    assert [r["gain"]["value"] for r in rows if r["method"].endswith("dense MLP")] == [1, 1, 1]
+
+
+def test_speed_ups_by_hand() -> None:
+    methods = mlp.everywhere(["a"])
+    seconds = dict(zip(methods, (8.0, 4.0, 2.0, 1.0), strict=True))
+    found = [{"unit": "0", "method": m, "seconds": s, "ratios": [0.5], "mlp": 1.0}
+             for m, s in seconds.items()]  # fmt: skip
+    rows = mlp_speed.rows(found, methods)
+    assert [r["faster"]["value"] for r in rows] == [1, 2, 4, 8]
+    assert [r["gain"]["value"] for r in rows] == [1, 1, 2, 4]
+
+
+def test_halving_by_hand() -> None:
+    """Of four questions dense answers all, zipvl two, zipvl+ three: half the loss."""
+    right = {"dense": (1, 1, 1, 1), "zipvl:tau=0.9": (0, 0, 1, 1), "zipvl+:tau=0.9": (1, 0, 1, 1),
+             "zipvl:tau=0.5": (0, 0, 0, 0), "zipvl+:tau=0.5": (0, 0, 0, 0)}  # fmt: skip
+    found = [{"frames": 16, "unit": str(i), "method": m, "ok": bool(ok)}
+             for m, some in right.items() for i, ok in enumerate(some)]  # fmt: skip
+    half, none, useful, *whole = fill.halving(found)
+    assert [half["frames"], half["tau"], half["questions"]] == [16, "0.9", 4]
+    assert [half[k]["value"] for k in HALVES] == [0.5, 0.25, 0.25, 0]
+    assert [none[k]["value"] for k in HALVES] == [1, 1, 0, 0.5]
+    assert [useful[k] for k in HALVES] == [half[k] for k in HALVES]
+    assert whole == [row | {"frames": "all"} for row in (half, none, useful)]
+
+
+HALVES = ("paper", "plus", "saved", "over_half")
+
+
+# --- the commands -----------------------------------------------------------------------------
+
+FEW = {  # instead of the experiment's own methods
+    "fill": "zipvl:tau=0.9,zipvl+:tau=0.9,ideas.py:HeadMax:tau=0.9",
+    "methods": "zipvl:tau=0.9,zipvl+:tau=0.9,kv_bits=4,examples/tova.py:TOVA:budget=8",
+    "text_tau": "zipvl:always=last,tau=0.8,zipvl+:always=last,tau=0.8",
+    "mlp": "zipvl:always=last,tau=0.9",
+    "mlp_clips": "zipvl:tau=0.9",
+    "mlp_speed": "zipvl:always=last,tau=0.9",
+}
+
+
+def test_every_method_of_the_side_by_side_exists() -> None:
+    named = [policy(m) for m in (*methods.METHODS, *methods.EXAMPLES, *fill.METHODS)]
+    assert {type(load_policy(m)).__name__ for m in METHODS} <= {type(p).__name__ for p in named} | {
+        "Dense"
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_run(
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """And, of each kind of data, the same seed gives the same JSON."""
+    monkeypatch.setattr(clips, "ANSWER", 1)
+    args = [
+        name,
+        "-m",
+        str(folder),
+        "--samples",
+        "2",
+        "--frames",
+        "2,3",
+        "--tokens",
+        "40",
+        "--device",
+        "cpu",
+    ]
+    if name in FEW:
+        args += ["--method", FEW[name]]
+    results = []
+    for run in ("a", "b") if name in ("layers", "text_tau") else ("a",):
+        assert main([*args, "--out", str(tmp_path / run)]) == 0, capsys.readouterr().err
+        results.append((tmp_path / run / "result.json").read_bytes())
+        assert (tmp_path / run / "figure.png").read_bytes()[1:4] == b"PNG"
+    assert results[0] == results[-1]
+    result = json.loads(results[0])
+    assert result["rows"]
+    assert result["settings"]["experiment"] == name
+    assert (tmp_path / "a" / "table.md").read_text() in capsys.readouterr().out
+    where = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert {"finished", "processor", "session_seconds"} <= where.keys()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["tau", "--frames", "0"], "--frames '0'"),
+        (["tau", "--samples", "0"], "--samples is 0"),
+        (["tau", "--method", "zipvl:tua=1"], "no option 'tua'"),
+        (["text_tau", "--tokens", "4,x"], "--tokens '4,x'"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    args: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

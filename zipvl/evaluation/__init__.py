@@ -1,1 +1,0 @@
-"""Accuracy of methods on questions with known answers; the command is `python -m zipvl.eval`."""

@@ -1,1 +1,0 @@
-"""The paper's claims as commands, `python -m zipvl.experiments NAME`; see docs/experiments.md."""
