@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import zipvl
 from lab.demo import checkpoint
-from lab.demo.media import CLIP, CLIP_QUESTIONS, PICTURE, PICTURE_QUESTIONS
+from lab.demo.make_clip import CLIP, CLIP_QUESTIONS, PICTURE, PICTURE_QUESTIONS
 from zipvl.engine.engine import Engine
 from zipvl.vision.image import normalise
 

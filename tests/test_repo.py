@@ -29,8 +29,8 @@ SPEED = {  # optional, behind the readable path and tested equal to it: nobody h
 MAKERS = {  # scripts with needs of their own: those of the bundled demo read caches they wrote
     "lab/bench/llama_cpp.py": "gguf",
     "lab/experiments/text_to_zipvl.py": "gguf",
-    "lab/demo/media.py": "av",
-    "lab/demo/sources.py": "av",
+    "lab/demo/make_clip.py": "av",
+    "lab/demo/tiles.py": "av",
     "lab/demo/long.py": "torch.load",
     "lab/demo/train.py": "torch.load",
 }

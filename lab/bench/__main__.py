@@ -23,14 +23,13 @@ from pathlib import Path
 
 from zipvl.engine.stats import peak_memory
 
-from .batch import bench_batch
-from .benches import bench_decode, bench_prefill
+from .benches import bench_batch, bench_decode, bench_prefill
 from .e2e import bench_e2e
 from .frames import bench_frames
 from .memory import bench_memory
 from .model import DTYPES, SHAPES, Model
 from .plot import draw
-from .products import bench_linear, bench_projections
+from .projections import bench_linear, bench_projections
 from .timing import CLOCKS, machine, spread
 
 BENCHES = {

@@ -1,4 +1,4 @@
-"""Prefill and decode, measured next to transformers on the same weights."""
+"""Prefill and decode, measured next to transformers on the same weights; ragged batches."""
 
 import argparse
 import statistics
@@ -14,7 +14,7 @@ from zipvl.model.linear import Linear
 
 from .model import Model
 from .rival import build_rival, rival_prefill, rival_steps
-from .timing import Factory, Row, interleaved, product_peak, ratios, read_bandwidth
+from .timing import Factory, Row, interleaved, product_peak, ratios, read_bandwidth, spread
 
 COMPILED = ", compiled"
 STEPS = {"": Step, ", static": StaticStep, ", graph": GraphStep}  # of decoding
@@ -148,3 +148,43 @@ def our_steps(model: Model, prompts: list[int], kept: list[int], new: int,
 
     work(0, 2)
     return work
+
+
+def ragged(tokens: int, batch: int) -> list[int]:
+    """Prompt lengths from `tokens` down to about half of it, all different."""
+    return [tokens - tokens * b // (2 * batch) for b in range(batch)]
+
+
+@torch.inference_mode()
+def bench_batch(model: Model, args: argparse.Namespace) -> list[Row]:
+    """Seconds a step of `--new` greedy steps; all batches and ratios in one interleaved run."""
+    bandwidth, rows = read_bandwidth(model.device, args.clock), []
+    c = model.config
+    slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+    for tokens in args.tokens:
+        cases = {
+            f"batch {batch}, ratio {ratio:g}": (ragged(tokens, batch), ratio)
+            for ratio in args.ratios
+            for batch in args.batch
+        }
+        runs: dict[str, Factory] = {
+            name: partial(our_steps, model, prompts, [int(n * ratio) for n in prompts], args.new)
+            for name, (prompts, ratio) in cases.items()
+        }
+        seconds = interleaved(model.device, args.clock, runs, args.repeats)
+        for name, (prompts, ratio) in cases.items():
+            batch, step = len(prompts), statistics.median(seconds[name]) / args.new
+            base = seconds[f"batch {args.batch[0]}, ratio {ratio:g}"]
+            gains = [
+                b / s * batch / args.batch[0] for b, s in zip(base, seconds[name], strict=True)
+            ]
+            moved = model.weight_bytes + slot * sum(int(n * ratio) for n in prompts)
+            rows.append({
+                "bench": "batch", "tokens": tokens, "batch": batch, "run": f"ratio {ratio:g}",
+                "prompts": prompts, "seconds": seconds[name], "steps": args.new,
+                "seconds_per_step": step, "tokens_per_second": batch / step,
+                "bytes_per_step": moved, "read_bandwidth": bandwidth,
+                "bandwidth_share": moved / step / bandwidth,
+                "gain": {f"batch {args.batch[0]}": spread(gains) + "x"},
+            })  # fmt: skip
+    return rows

@@ -1,6 +1,6 @@
 """Trains a model that finds one frame among 25,000: 100,000 tokens, in minutes on two cores.
 
-    python -m lab.demo.sources CACHE              # background tiles
+    python -m lab.demo.tiles CACHE             # background tiles
     python -m lab.demo.long CACHE --out MODEL     # resumes from CACHE when started again
 
 Tower, projector and newline are those of the bundled demo model and stay as they are; two decoder
@@ -20,6 +20,8 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +37,10 @@ from zipvl.model.vlm import VLM
 from zipvl.vision.packing import pool_frames
 
 from .backgrounds import bundled, gradients, noise
-from .bank import Bank, build
-from .checkpoint import SIDE, tokenizer, write_plain, write_weights
-from .long_clips import GRID, Crowded, N, crowded
+from .bank import EMPTY, Bank, build
+from .checkpoint import PATCH, SIDE, tokenizer, write_plain, write_weights
 from .optim import initialise, optimisers, update
-from .sequences import hidden, sequences
+from .sequences import Sequences, hidden, sequences
 from .train import log
 
 LAYERS, HEADS, GROUPS, THETA = 2, 2, 1, 1e8
@@ -48,6 +49,60 @@ EVERY = 100  # steps, the progress is looked at and saved
 KINDS = ("what", "digit", "colour", "object")
 # Share of the run done -> frames of a clip, share of the logarithm of LONGEST and CROWD reached.
 CURRICULUM = ((0.10, (4, 8, 16), 0.0), (0.25, (16, 32), 0.5), (1.0, (32, 64, 128), 1.0))
+GRID = SIDE // PATCH
+N = (GRID // 2) ** 2  # tokens a frame
+LONGEST = 120_000  # tokens
+CROWD = 400  # copies; with 256 to 512 tokens a clip this is more than LONGEST
+
+
+# --- clips of a few hundred tokens that a decoder cannot tell from 100,000 ------------------------
+
+
+@dataclass(frozen=True)
+class Crowded:
+    """A batch and how much each of its tokens weighs as a key."""
+
+    batch: Sequences
+    weight: Tensor  # [B, L], logarithm of a number of copies
+
+
+def needles(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """groups [B, F] of which each run of one thing keeps a single frame, the others are empty."""
+    out = np.full_like(groups, EMPTY)
+    for line, into in zip(groups, out, strict=True):
+        edges = [0, *(np.flatnonzero(np.diff(line)) + 1), len(line)]
+        for start, stop in pairwise(edges):
+            into[rng.integers(start, stop)] = line[start]
+    return out
+
+
+def jumps(batch: int, frames: int, longest: float, rng: np.random.Generator) -> np.ndarray:
+    """How far each frame's position is moved, and in the last column what follows. # [B, F + 1]
+
+    A sequence is stretched by up to `longest`, evenly in the logarithm, at eight random places.
+    """
+    sizes = rng.dirichlet(np.ones(8), batch) * longest ** rng.random((batch, 1))
+    moved = np.zeros((batch, frames + 1))
+    np.add.at(moved, (np.arange(batch)[:, None], rng.integers(0, frames + 1, (batch, 8))), sizes)
+    return moved.cumsum(1).astype(np.int64)
+
+
+def crowded(bank: Bank, batch: Sequences, reach: float, rng: np.random.Generator) -> Crowded:
+    """`batch` with single-frame needles, stretched to LONGEST ** reach and CROWD ** reach."""
+    groups = needles((batch.rows // bank.each).clamp(max=EMPTY).numpy(), rng)
+    count, frames = groups.shape
+    moved = torch.from_numpy(jumps(count, frames, LONGEST**reach, rng))
+    frame = ((torch.arange(batch.ids.shape[1]) - 1) // N).clamp(0, frames)  # of each token
+    crowd = torch.from_numpy(CROWD ** (reach * rng.random((count, 1)))).float().log()
+    empty = torch.from_numpy(np.pad(groups == EMPTY, ((0, 0), (0, 1))))  # [B, F + 1]
+    weight = (crowd * empty)[:, frame]
+    weight[:, 0] = 0  # the token before the first frame
+    # A row is drawn again for every frame: a needle's would otherwise depend on its run's length.
+    batch = replace(batch, rows=bank.rows(groups, rng), positions=batch.positions + moved[:, frame])
+    return Crowded(batch, weight)
+
+
+# --- training -------------------------------------------------------------------------------------
 
 
 def answer_loss(model: VLM, bank: Bank, some: Crowded) -> tuple[Tensor, Tensor]:
@@ -75,7 +130,7 @@ def banks(model: VLM, cache: Path, each: int) -> tuple[Bank, Bank]:
     """For training and for looking at the progress, over tiles set apart; kept in CACHE."""
     tiles, rng, out = cache / "tiles.pt", torch.Generator().manual_seed(2), []
     if not tiles.exists():
-        raise UsageError(f"{tiles} is missing: run python -m lab.demo.sources {cache} first")
+        raise UsageError(f"{tiles} is missing: run python -m lab.demo.tiles {cache} first")
     photos = torch.load(tiles)
     some = torch.cat([photos, noise(200, rng), gradients(120, rng)])
     for name, backs, count in (("train", some, each), ("test", bundled(), max(1, each // 8))):

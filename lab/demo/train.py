@@ -1,6 +1,6 @@
 """Trains the demo model on two CPU cores in about two hours.
 
-    python -m lab.demo.sources CACHE               # background tiles
+    python -m lab.demo.tiles CACHE                 # background tiles
     python -m lab.demo.train CACHE --out MODEL     # tower, bank of features, decoder
 
 Every stage resumes from what CACHE holds. `--stop N` ends the decoder's stage at step N of the

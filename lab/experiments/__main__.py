@@ -7,34 +7,39 @@ Writes records.jsonl (a second run continues there), result.json, table.md and f
 
 import argparse
 import sys
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 
 from zipvl.errors import UsageError, ZipvlError
 
 from ..eval.tasks import split_methods
-from .job import Job, policy
+from . import fixed, methods, mlp, niah, probes, stays, tau
+from .runner import Job, policy
 
-NAMES = {
-    "tau": "accuracy and kept share against tau",
-    "fixed": "a fixed ratio against the adaptive one",
-    "layers": "kept tokens by layer and question; correlation with difficulty",
-    "methods": "every method: accuracy against attention work and cache bytes",
-    "always": "tokens that always stay; dropped queries or dropped keys?",
-    "fill": "what left-out tokens receive, and other cheap changes, on visual tokens",
-    "probes": "which probe rows find what all rows find, and what they answer",
-    "niah": "one frame in a long video, against length",
-    "text_probes": "probe rows on a text decoder, against length",
-    "text_fixed": "a fixed ratio against the adaptive one on a text decoder",
-    "mlp": "tokens left out of attention skip the MLP, too (text decoder)",
-    "mlp_clips": "tokens left out of attention skip the MLP, too: accuracy on clips",
-    "mlp_speed": "tokens left out of attention skip the MLP, too: time of a prefill",
-    "text_tau": "loss of a text decoder against tau and attention work; what left-out tokens get",
+Run = Callable[[Job], None]
+EXPERIMENTS: dict[str, tuple[Run, str]] = {
+    "tau": (tau.run, "accuracy and kept share against tau"),
+    "fixed": (fixed.run, "a fixed ratio against the adaptive one"),
+    "layers": (stays.run_layers, "kept tokens by layer and question; correlation with difficulty"),
+    "methods": (methods.run, "every method: accuracy against attention work and cache bytes"),
+    "always": (stays.run_always, "tokens that always stay; dropped queries or dropped keys?"),
+    "fill": (
+        stays.run_fill,
+        "what left-out visual tokens receive, and other cheap changes",
+    ),
+    "probes": (probes.run, "which probe rows find what all rows find, and what they answer"),
+    "niah": (niah.run, "one frame in a long video, against length"),
+    "text_probes": (probes.run_text, "probe rows on a text decoder, against length"),
+    "text_fixed": (fixed.run_text, "a fixed ratio against the adaptive one on a text decoder"),
+    "mlp": (mlp.run, "tokens left out of attention skip the MLP, too (text decoder)"),
+    "mlp_clips": (mlp.run_clips, "the same: accuracy on clips"),
+    "mlp_speed": (mlp.run_speed, "the same: time of a prefill"),
+    "text_tau": (tau.run_text, "loss of a text decoder against tau and attention work"),
 }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    listed = "\n".join(f"  {name:<12} {what}" for name, what in NAMES.items())
+    listed = "\n".join(f"  {name:<12} {what}" for name, (_, what) in EXPERIMENTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m lab.experiments",
         description=__doc__,
@@ -42,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("name", choices=NAMES, metavar="NAME")
+    add("name", choices=EXPERIMENTS, metavar="NAME")
     add("-m", "--model", help="folder or hub id (default: the bundled demo model)")
     add("--out", type=Path, help="folder for the results (default: results/NAME)")
     add("--samples", type=int, default=40, help="questions a frame count, or windows of text")
@@ -64,16 +69,17 @@ def whole(option: str, text: str) -> tuple[int, ...]:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        methods = split_methods(args.method) if args.method else []
-        for method in methods:
+        named = split_methods(args.method) if args.method else []
+        for method in named:
             policy(method)
         frames, tokens = whole("--frames", args.frames), whole("--tokens", args.tokens)
         if args.samples < 1:
             raise UsageError(f"--samples is {args.samples}: give 1 or more")
         out = args.out or Path("results") / args.name
-        job = Job(args.name, out, args.model, args.samples, args.seed, tuple(methods), frames,
+        job = Job(args.name, out, args.model, args.samples, args.seed, tuple(named), frames,
                   tokens, args.device)  # fmt: skip
-        import_module(f".{args.name}", __package__).run(job)
+        run, _ = EXPERIMENTS[args.name]
+        run(job)
     except ZipvlError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.code

@@ -11,7 +11,7 @@ from zipvl.engine.run import Result
 
 from ..eval.tasks import LARGEST, Item, same_answer, task_items
 from . import stats
-from .job import Job, Record, policy
+from .runner import Job, Record, policy
 
 ANSWER, BATCH = 20, 16  # new tokens at most; questions asked at once
 COLUMNS = {

@@ -1,9 +1,9 @@
-"""Item 7: every method there is: accuracy against attention work, and against cache bytes."""
+"""Every method there is: accuracy against attention work, and against cache bytes."""
 
 from pathlib import Path
 
 from . import clips, draw
-from .job import Job, Record
+from .runner import Job, Record
 
 EXAMPLES = (
     *(f"examples/keynorm.py:KeyNorm:ratio={r}" for r in (0.25, 0.5, 0.75)),

@@ -1,4 +1,4 @@
-"""Item 5: one frame in a long video (V-NIAH): accuracy, kept share and probe error against length.
+"""One frame in a long video (V-NIAH): accuracy, kept share and probe error against length.
 
     python -m lab.demo.long CACHE --out long      # a model that can: half an hour
     python -m lab.experiments niah -m long --frames 64,256,1024,4096,25000 --samples 24
@@ -20,8 +20,8 @@ from zipvl.engine.watch import HELD
 from zipvl.vision.packing import count_tokens_video, pack_video
 
 from ..eval.tasks import LARGEST, Item, needle_items
-from . import clips, draw, stats, study
-from .job import Job, Record, policy
+from . import clips, draw, probe_study, stats
+from .runner import Job, Record, policy
 
 METHODS = ("zipvl:tau=0.975", "ideas.py:SqrtProbes:tau=0.975,fill=zero")
 NAMES = dict(zip(METHODS, ("zipvl, 64 + 64 probes", "zipvl, 4 sqrt(T) probes"), strict=True))
@@ -68,7 +68,7 @@ def records(job: Job, methods: Sequence[str]) -> list[Record]:
 
     def measure(ready: Any, method: str) -> list[Record]:
         item, inputs, second = ready
-        looking = study.Study(TAU, study.methods(TAU, len(inputs), job.seed))
+        looking = probe_study.Study(TAU, probe_study.methods(TAU, len(inputs), job.seed))
         study_now = method == "dense" and not second
         how = looking if study_now else policy(method)
         out = cast(Result, job.engine.generate(inputs, how, max_new_tokens=clips.ANSWER))
@@ -108,7 +108,7 @@ def run(job: Job) -> None:
 def report(job: Job, found: list[Record]) -> None:
     """Tables and figure of what was found."""
     table, depths = rows(found), rows(found, "kind")
-    sets = study.rows([r for r in found if "choices" in r], "frames")
+    sets = probe_study.rows([r for r in found if "choices" in r], "frames")
     seconds = {f"{n} {m}": clips.average(some, "seconds")
                for (n, m), some in clips.grouped(found, "frames", "method").items()}  # fmt: skip
     job.finish(table, COLUMNS, {"prefill_seconds": stats.rounded(seconds, 2)},

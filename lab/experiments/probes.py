@@ -1,14 +1,22 @@
-"""Item 2 on clips: what a choice of probe rows finds of the all-rows set, and what it answers."""
+"""What a choice of probe rows finds of the all-rows set, and, on clips, what it answers.
+
+On text several --tokens give the curve against length, for 128 probes and for a number that grows
+as sqrt(T).
+"""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import clips, draw, study
-from .job import Job, Record
+from zipvl.engine.inputs import Inputs
+
+from . import clips, draw, probe_study
+from .runner import Job, Record
+from .text import TAIL, windows
 
 TAU = 0.95
-CHOICES = (*study.CHOICES, (10000, 0))
+CHOICES = (*probe_study.CHOICES, (10000, 0))
 
 
 def run(job: Job) -> None:
@@ -19,7 +27,7 @@ def run(job: Job) -> None:
     found = clips.records(job, list(named.values()), extra={"study": lambda i: look(job, i)})
     looked = [r for r in found if r["method"] == "study"]
     answers = clips.rows([r for r in found if r["method"] != "study"])
-    sets = study.rows(looked, "frames")
+    sets = probe_study.rows(looked, "frames")
     job.finish(answers, clips.COLUMNS, sets=sets)
     last = job.frames[-1]
     accuracy = {r["method"]: r for r in answers if r["frames"] == last}
@@ -36,6 +44,32 @@ def run(job: Job) -> None:
 @torch.inference_mode()
 def look(job: Job, inputs: Any) -> Record:
     """Sets of all choices on one prompt."""
-    watch = study.Study(TAU, study.methods(TAU, len(inputs), job.seed))
+    watch = probe_study.Study(TAU, probe_study.methods(TAU, len(inputs), job.seed))
     job.engine.prefill([inputs], watch, None, {})
     return {"choices": watch.record()}
+
+
+# --- on text --------------------------------------------------------------------------------------
+
+TEXT_TAU = 0.975
+
+
+def run_text(job: Job) -> None:
+    engine = job.engine
+    some: dict[str, Tensor] = {}
+    for tokens in job.tokens:
+        cut = windows(engine, tokens, job.samples, job.seed)
+        some |= {f"{tokens}/{i}": ids[:-TAIL] for i, ids in enumerate(cut)}
+
+    @torch.inference_mode()
+    def measure(ids: Any, method: str) -> list[Record]:
+        watch = probe_study.Study(TEXT_TAU, probe_study.methods(TEXT_TAU, len(ids), job.seed))
+        inputs = Inputs(ids, torch.zeros(len(ids), dtype=torch.bool), [])
+        engine.prefill([inputs], watch, None, {})
+        return [{"tokens": len(ids), "choices": watch.record()}]
+
+    found = job.records(some, [f"tau={TEXT_TAU}"], lambda u: some[u[0]], measure)
+    table = probe_study.rows(found, "tokens")
+    job.finish(table, probe_study.columns("tokens"))
+    about = f"{job.settings()['model']}, {job.samples} windows a length"
+    probe_study.figure(job, table, "tokens", f"probe rows, tau {TEXT_TAU} ({about})")

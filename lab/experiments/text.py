@@ -24,7 +24,7 @@ from zipvl.model.kernels import Spans
 from zipvl.model.pack import Pack
 from zipvl.policy import Policy
 
-from .job import Job, Record, policy
+from .runner import Job, Record, policy
 
 TAIL = 128
 

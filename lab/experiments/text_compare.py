@@ -1,4 +1,4 @@
-"""Item 6: finished `text_tau` runs of several models in one figure.
+"""Finished `text_tau` runs of several models in one figure.
 
     python -m lab.experiments.text_compare RUN RUN [...] OUT
 
@@ -13,9 +13,9 @@ from typing import Any
 from zipvl.errors import UsageError, ZipvlError
 
 from . import draw
-from .job import Record
+from .runner import Record
+from .tau import FILLS, family, tau
 from .text import TAIL
-from .text_tau import FILLS, family, tau
 
 SHOWN = ("0.9", "0.975")  # tau of the curves over layers
 

@@ -11,7 +11,7 @@ import torch
 import zipvl
 from lab.bench import plot
 from lab.bench.__main__ import main
-from lab.bench.batch import ragged
+from lab.bench.benches import ragged
 from lab.bench.e2e import PROMPT, random_inputs
 from lab.bench.model import Model
 from lab.bench.rival import build_rival

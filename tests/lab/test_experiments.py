@@ -13,18 +13,17 @@ import zipvl
 from lab.demo.checkpoint import write_plain, write_weights
 from lab.experiments import (
     clips,
-    fill,
     fixed,
     ideas,
     methods,
     mlp,
-    mlp_speed,
+    probe_study,
     stats,
-    study,
+    stays,
     text,
 )
-from lab.experiments.__main__ import NAMES, main
-from lab.experiments.job import Job, cell, policy, table
+from lab.experiments.__main__ import EXPERIMENTS, main
+from lab.experiments.runner import Job, cell, policy, table
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
@@ -230,13 +229,13 @@ def test_mass_of_all_rows_is_the_heads_mean(monkeypatch: pytest.MonkeyPatch) -> 
     hidden = torch.ones(90, 90, dtype=torch.bool).triu(1)
     want = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0).sum(0)
     for block in (1, 4 * 90 * 17, 10**6):  # one row, 17 rows, all rows at a time
-        monkeypatch.setattr(study, "BLOCK", block)
-        torch.testing.assert_close(study.all_rows(view), want)
+        monkeypatch.setattr(probe_study, "BLOCK", block)
+        torch.testing.assert_close(probe_study.all_rows(view), want)
 
 
 def test_all_rows_find_themselves() -> None:
     all_rows = {"all": ZipVL(0.9, 90, 0, "none"), "few": ZipVL(0.9, 4, 4, "none")}
-    watch = study.Study(0.9, all_rows)
+    watch = probe_study.Study(0.9, all_rows)
     assert watch.plan(some_view()).attend is None
     found = watch.record()
     assert found["all"]["recall"] == 1
@@ -347,10 +346,10 @@ def test_share_of_mlp_rows_by_hand() -> None:
 
 
 def test_speed_on_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp_speed, "SHAPE", "tiny")
-    monkeypatch.setattr(mlp_speed, "LAYERS", 2)
+    monkeypatch.setattr(mlp, "SHAPE", "tiny")
+    monkeypatch.setattr(mlp, "LAYERS", 2)
     job = Job("mlp_speed", tmp_path, samples=2, tokens=(200,), device="cpu")
-    mlp_speed.run(job)
+    mlp.run_speed(job)
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [r["mlp"] for r in rows if "ratio=0.5" in r["method"]] == pytest.approx([1, 0.75, 0.5])
     assert all(r["seconds"]["value"] > 0 for r in rows)
@@ -362,7 +361,7 @@ def test_speed_ups_by_hand() -> None:
     seconds = dict(zip(methods, (8.0, 4.0, 2.0, 1.0), strict=True))
     found = [{"unit": "0", "method": m, "seconds": s, "ratios": [0.5], "mlp": 1.0}
              for m, s in seconds.items()]  # fmt: skip
-    rows = mlp_speed.rows(found, methods)
+    rows = mlp.speed_rows(found, methods)
     assert [r["faster"]["value"] for r in rows] == [1, 2, 4, 8]
     assert [r["gain"]["value"] for r in rows] == [1, 1, 2, 4]
 
@@ -373,7 +372,7 @@ def test_halving_by_hand() -> None:
              "zipvl:tau=0.5": (0, 0, 0, 0), "zipvl+:tau=0.5": (0, 0, 0, 0)}  # fmt: skip
     found = [{"frames": 16, "unit": str(i), "method": m, "ok": bool(ok)}
              for m, some in right.items() for i, ok in enumerate(some)]  # fmt: skip
-    half, none, useful, *whole = fill.halving(found)
+    half, none, useful, *whole = stays.halving(found)
     assert [half["frames"], half["tau"], half["questions"]] == [16, "0.9", 4]
     assert [half[k]["value"] for k in HALVES] == [0.5, 0.25, 0.25, 0]
     assert [none[k]["value"] for k in HALVES] == [1, 1, 0, 0.5]
@@ -397,13 +396,13 @@ FEW = {  # instead of the experiment's own methods
 
 
 def test_every_method_of_the_side_by_side_exists() -> None:
-    named = [policy(m) for m in (*methods.METHODS, *methods.EXAMPLES, *fill.METHODS)]
+    named = [policy(m) for m in (*methods.METHODS, *methods.EXAMPLES, *stays.FILL_METHODS)]
     assert {type(load_policy(m)).__name__ for m in METHODS} <= {type(p).__name__ for p in named} | {
         "Dense"
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_commands_run(
     name: str,
     folder: Path,

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 import zipvl
-from lab.demo import long, long_clips
+from lab.demo import long
 from lab.demo.bank import EMPTY, Bank
 from lab.demo.checkpoint import tokenizer
 from lab.demo.sequences import Sequences, hidden, sequences
 from lab.eval.tasks import needle_items
 from lab.experiments import niah
 from lab.experiments.__main__ import main
-from lab.experiments.job import Job
+from lab.experiments.runner import Job
 from zipvl.engine.engine import Engine
 from zipvl.model.decoder import Decoder
 
-GRID = long_clips.GRID
+GRID = long.GRID
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_needles_keep_one_frame_of_each_run() -> None:
     groups = np.array([line, [3] * 10, [EMPTY] * 10])
     seen = set()
     for _ in range(60):
-        got = long_clips.needles(groups, rng)
+        got = long.needles(groups, rng)
         assert [g for g in got[0] if g != EMPTY] == [3, 7, 5]
         assert ((got == groups) | (got == EMPTY)).all()
         assert (got[1] != EMPTY).sum() == 1
@@ -60,7 +60,7 @@ def test_needles_keep_one_frame_of_each_run() -> None:
 
 def test_jumps_grow_and_end_where_asked() -> None:
     rng = np.random.default_rng()
-    moved = long_clips.jumps(400, 30, 1e5, rng)
+    moved = long.jumps(400, 30, 1e5, rng)
     assert moved.shape == (400, 31)
     assert (np.diff(moved, axis=1) >= 0).all()
     assert moved[:, 0].min() >= 0
@@ -71,7 +71,7 @@ def test_jumps_grow_and_end_where_asked() -> None:
 def test_crowded_clips_keep_their_questions() -> None:
     rng, bank = np.random.default_rng(), random_bank(2)
     batch = some_clips(bank, 12, rng)
-    some = long_clips.crowded(bank, batch, 1.0, rng)
+    some = long.crowded(bank, batch, 1.0, rng)
     groups = (some.batch.rows // bank.each).clamp(max=EMPTY)
     for line, before in zip(groups.tolist(), (batch.rows // bank.each).tolist(), strict=True):
         runs = [g for i, g in enumerate(before) if g < EMPTY and g != (before[i - 1] if i else -1)]
@@ -82,15 +82,15 @@ def test_crowded_clips_keep_their_questions() -> None:
     inside = gaps[:, : batch.visual - 1].unflatten(1, (12, 4))[:, :, :3]
     assert (inside == 1).all()  # the tokens of a frame stay together
     last = (some.batch.positions - batch.positions).amax(1)
-    assert (last <= long_clips.LONGEST).all()
+    assert (last <= long.LONGEST).all()
     for b, line in enumerate((groups == EMPTY).tolist()):
         weight, visual = some.weight[b], some.weight[b, 1 : batch.visual].view(12, 4)
         assert weight[0] == 0
         assert (weight[batch.visual :] == 0).all()
         assert (visual[~torch.tensor(line)] == 0).all()
         assert len(visual[torch.tensor(line)].unique()) == 1
-        assert 0 <= float(visual.max()) <= math.log(long_clips.CROWD)
-    plain = long_clips.crowded(bank, batch, 0.0, rng)
+        assert 0 <= float(visual.max()) <= math.log(long.CROWD)
+    plain = long.crowded(bank, batch, 0.0, rng)
     assert (plain.weight == 0).all()
     assert (plain.batch.positions - batch.positions <= 1).all()
 
@@ -119,7 +119,7 @@ def test_a_weight_counts_like_copies(engine: Engine) -> None:
 def test_training_needs_the_tiles(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert long.main([str(tmp_path), "--out", str(tmp_path / "model")]) == 2
     error = capsys.readouterr().err
-    assert "lab.demo.sources" in error
+    assert "lab.demo.tiles" in error
     assert error.count("\n") == 1
 
 
@@ -216,7 +216,7 @@ def test_the_same_seed_gives_the_same_json(
         "64 recent + 64 random",
         "128 recent + 0 random",
     }
-    assert all(s > 0 for s in where["prefill_seconds"].values())
+    assert all(s >= 0 for s in where["prefill_seconds"].values())  # 0: under 5 ms
     # All 22 or 86 rows are probed: nothing can be missed.
     mine = [r for r in result["sets"] if r["choice"] == "64 recent + 64 random"]
     assert [r["recall"]["value"] for r in mine] == [1, 1]

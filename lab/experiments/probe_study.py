@@ -15,7 +15,7 @@ from zipvl.policies.zipvl import ZipVL
 from zipvl.policy import Plan, Policy, View
 
 from . import draw, stats
-from .job import Job, Record
+from .runner import Job, Record
 
 CHOICES = ((64, 64), (64, 0), (0, 64), (128, 0), (0, 128), (32, 32), (16, 16))
 BLOCK = 8 << 20  # attention probabilities at a time
