@@ -23,8 +23,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from zipvl.config import MediaConfig
 from zipvl.errors import MediaError
-from zipvl.layouts import NEXT_PINPOINTS
-from zipvl.towers import CLIP_MEAN, CLIP_STD, HALF
+from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS
 from zipvl.vision import image as image_module
 from zipvl.vision.image import best_canvas, crops, fit_frame, normalise, open_image, plan
 

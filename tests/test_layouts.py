@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from zipvl.config import ModelConfig
 from zipvl.errors import ModelError
-from zipvl.layouts import read_config
+from zipvl.model.layouts import read_config
 
 KINDS = [*tiny.FAMILIES, *tiny_original.ORIGINALS]
 

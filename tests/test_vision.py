@@ -25,8 +25,7 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from zipvl.config import MediaConfig, VisionConfig
 from zipvl.errors import ModelError
-from zipvl.layouts import NEXT_PINPOINTS, ONEVISION_PINPOINTS
-from zipvl.towers import CLIP_MEAN, CLIP_STD, HALF
+from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS, ONEVISION_PINPOINTS
 from zipvl.vision.encoder import VisionTower, projector
 from zipvl.vision.image import Geometry, plan
 from zipvl.vision.packing import (

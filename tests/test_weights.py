@@ -21,7 +21,7 @@ from torch import Tensor
 
 import zipvl
 from zipvl.errors import ModelError
-from zipvl.layouts import read_config
+from zipvl.model.layouts import read_config
 from zipvl.model.shards import read_tensors
 from zipvl.model.vlm import VLM
 from zipvl.model.weights import SPELLINGS, load_weights
@@ -405,7 +405,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from zipvl.layouts import read_config
+from zipvl.model.layouts import read_config
 from zipvl.model import weights
 
 def anonymous():

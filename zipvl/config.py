@@ -1,4 +1,7 @@
-"""What a model is, as frozen records. layouts.py fills them from the two kinds of checkpoints."""
+"""What a model is, as frozen records, and how a JSON file is read: every bad value is one sentence.
+
+model/layouts.py fills the records from the two kinds of checkpoints.
+"""
 
 import json
 from dataclasses import dataclass
@@ -91,17 +94,81 @@ class ModelConfig:
     max_length: int | None = None  # context the checkpoint was trained for, for a warning only
 
 
+@dataclass(frozen=True)
+class Section:
+    """An object of a JSON file, read key by key.
+
+    Each reader raises a ModelError that names the file and the key at fault.
+    """
+
+    raw: dict[str, Any]
+    where: str  # the file, as errors name it
+
+    def holding(self, raw: dict[str, Any]) -> "Section":
+        """Another object of the same file."""
+        return Section(raw, self.where)
+
+    def get(self, key: str, usual: Any = None) -> Any:
+        """The value at `key` as it is, `usual` where it is missing."""
+        return self.raw.get(key, usual)
+
+    def number(self, key: str, least: int = 1, most: int = 10**7) -> int:
+        """The whole number at `key`, in least..most."""
+        value = self.get(key)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.wrong(key, value, f"expected a whole number from {least} to {most}")
+        return value
+
+    def positive(self, key: str) -> float:
+        """The number above zero at `key`."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
+            raise self.wrong(key, value, "expected a number above 0")
+        return float(value)
+
+    def choice(self, key: str, options: tuple[str, ...], usual: str | None = None) -> str:
+        """The value at `key`, `usual` where it is missing, which must be one of `options`."""
+        return self.one_of(self.get(key, usual), options, key)
+
+    def one_of(self, value: Any, options: tuple[str, ...], what: str) -> str:
+        """`value` if it is one of `options`; the error calls it `what`."""
+        if value not in options:
+            raise self.fault(f"{what} {shown(value)} is not supported ({', '.join(options)} are)")
+        return value
+
+    def section(self, key: str) -> "Section":
+        """A copy of the object at `key`, empty where it is missing or null."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.wrong(key, value, "expected an object")
+        return self.holding(dict(value or {}))
+
+    def wrong(self, key: str, value: Any, expected: str) -> ModelError:
+        """The error that says what stands at `key` instead of what was expected."""
+        return self.fault(f"{key} is {shown(value)}, {expected}")
+
+    def fault(self, text: str) -> ModelError:
+        return ModelError(f"{self.where}: {text}")
+
+
+def shown(value: Any) -> str:
+    """A value from a file, short enough for a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "a huge number"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`, or one sentence about why not."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: a checkpoint folder needs it") from None
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as e:  # ValueError: bad JSON, bad UTF-8, huge digits
+    except (OSError, ValueError, RecursionError) as e:  # bad JSON, bad UTF-8, huge digits
         raise ModelError(f"{path} is not readable JSON ({e}): download the file again") from None
     if not isinstance(data, dict):
         raise ModelError(f"{path} does not hold a JSON object: download the file again")

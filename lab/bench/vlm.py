@@ -6,13 +6,13 @@ from typing import cast
 
 import torch
 
-from zipvl.config import MediaConfig, ModelConfig
+from zipvl.config import MediaConfig, ModelConfig, Section
 from zipvl.engine.engine import Engine
 from zipvl.engine.progress import Progress
 from zipvl.model import kernels
 from zipvl.model.chat import Chat
+from zipvl.model.layouts import CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M, read_vision
 from zipvl.model.vlm import VLM
-from zipvl.towers import CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M, read_vision
 
 from .model import fill, text_config
 
@@ -44,7 +44,7 @@ class NoText:
 def vlm_config(shape: str, layers: int | None = None) -> ModelConfig:
     """A named decoder shape with the tower its family has."""
     raw, pool = TOWERS[shape]
-    vision = read_vision(raw, -2, True, shape)
+    vision = read_vision(Section(raw, shape), -2, True)
     media = MediaConfig(
         vision.image_size, "squash", CLIP_MEAN, CLIP_STD, image="crop", pool=pool
     )  # fmt: skip

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from zipvl.engine.load import DEMO, load
 from zipvl.errors import UsageError, ZipvlError
-from zipvl.layouts import read_config
+from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 from zipvl.vision.packing import pool_frames
 

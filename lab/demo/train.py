@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zipvl.layouts import read_config
+from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 
 from .backgrounds import bundled, gradients, noise

@@ -27,7 +27,7 @@ from lab.experiments.runner import Job, cell, policy, table
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
-from zipvl.layouts import read_config
+from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 from zipvl.policies.zipvl import ZipVL
 from zipvl.policy import METHODS, Policy, View, load_policy

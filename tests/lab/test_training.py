@@ -13,7 +13,7 @@ from lab.demo.optim import orthogonal
 from lab.demo.sequences import Sequences, embed, hidden, sequences
 from lab.demo.things import NAMES, Thing
 from lab.demo.tower import Heads, pictures
-from zipvl.layouts import read_config
+from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 from zipvl.vision.image import plan
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from ..errors import ModelError, UsageError
-from ..layouts import read_config
 from ..model import hub, kernels
 from ..model.chat import Chat
 from ..model.compiled import compile_rows
+from ..model.layouts import read_config
 from ..model.weights import load_weights
 from ..model.weights_only import check_kind, pack_weights
 from .engine import Engine

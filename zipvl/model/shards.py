@@ -7,9 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import read_json
+from ..config import read_json, shown
 from ..errors import ModelError
-from ..fields import shown
 
 
 def canonical(name: str, spellings: list[tuple[str, str]]) -> str:

@@ -1,0 +1,396 @@
+"""The two layouts of LLaVA checkpoints, told apart by config keys, never by the folder's name:
+
+HF layout        config.json has `text_config` / `vision_config`   (llava-hf/...)
+original layout  config.json has `mm_vision_tower`                 (liuhaotian/..., lmms-lab/...)
+
+Hub files leave out every value that equals a class default, so the defaults stand here.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from ..config import (
+    MediaConfig,
+    ModelConfig,
+    Section,
+    TextConfig,
+    VisionConfig,
+    read_json,
+    shown,
+)
+from ..errors import ModelError
+
+# Decoders, as the classes of transformers 4 fill in what a file leaves out.
+LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+MISTRAL = LLAMA | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
+QWEN2 = LLAMA | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+TEXT_DEFAULTS: dict[str, dict[str, Any]] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
+
+# Towers: the same, and the public ones that checkpoints name.
+CLIP = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224,
+    "num_attention_heads": 12, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+}  # fmt: skip
+SIGLIP = CLIP | {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
+VISION_DEFAULTS: dict[str, dict[str, Any]] = {"clip": CLIP, "siglip": SIGLIP}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+CLIP_L_336 = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+SIGLIP_SO400M = {
+    "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+}  # fmt: skip
+SIGLIP_26 = SIGLIP_SO400M | {"num_hidden_layers": 26}  # HF leaves out the block that is never used
+PUBLIC_TOWERS = {
+    "openai/clip-vit-large-patch14-336": CLIP_L_336,
+    "google/siglip-so400m-patch14-384": SIGLIP_SO400M,
+}
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+
+# Families
+ONEVISION_PINPOINTS = [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)]
+NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+HF_FAMILIES = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaNextVideoForConditionalGeneration": "llava_next_video",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+}
+HF_FAMILIES |= {family: family for family in HF_FAMILIES.values()}  # under its model_type
+MEDIA_TOKENS = {  # ids of a picture's and a video's placeholder where config.json leaves them out
+    "llava": (32000, None),  # no video token: its frames stand under the picture's
+    "llava_next": (32000, None),
+    "llava_next_video": (32001, 32000),
+    "llava_onevision": (151646, 151647),
+}
+POOLS = ("average", "max", "bilinear")
+NEWLINES = {"one_token": "one", "no_token": "none", "grid": "grid", "frame": "frame"}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Config of the checkpoint in `folder`, either layout. ModelError names the key at fault."""
+    file = Section(read_json(folder / "config.json"), str(folder / "config.json"))
+    if any(isinstance(file.get(key), dict) for key in ("text_config", "vision_config")):
+        return _read_hf(folder, file)
+    if "mm_vision_tower" in file.raw:
+        return _read_original(folder, file)
+    raise ModelError(
+        f"{file.where} describes {shown(_architecture(file))}, which is not a LLaVA-family model: "
+        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision and LongVA"
+    )
+
+
+def _architecture(file: Section) -> Any:
+    """architectures[0], which is more reliable than model_type; the latter where it is missing."""
+    listed = file.get("architectures")
+    return listed[0] if isinstance(listed, list) and listed else file.get("model_type")
+
+
+def _read_hf(folder: Path, file: Section) -> ModelConfig:
+    family = HF_FAMILIES[file.one_of(_architecture(file), tuple(HF_FAMILIES), "architecture")]
+    onevision, plain = family == "llava_onevision", family == "llava"
+    text = file.section("text_config")
+
+    # 1 the tower
+    usual = SIGLIP_26 if onevision else CLIP_L_336
+    tower = usual if file.get("vision_config") is None else file.section("vision_config").raw
+    tower = {"model_type": usual["model_type"]} | tower
+    usual_select, usual_layer = ("full", -1) if onevision else ("default", -2)
+    select = file.choice("vision_feature_select_strategy", ("default", "full"), usual_select)
+    layers = file.get("vision_feature_layer", usual_layer)
+    vision = read_vision(file.holding(tower), layers, select == "default")
+    if not plain:
+        _needs_map(file, vision)
+    pre = _read_preprocessor(folder)
+
+    # 2 the decoder and what lies between
+    tied = bool(file.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    decoder = read_text(text, text.get("model_type", "qwen2" if onevision else "llama"), tied)
+    file.choice("projector_hidden_act", ("gelu",), "gelu")
+    usual_image, usual_video = MEDIA_TOKENS[family]
+    image = _media_token(file, "image", usual_image)
+    video = image if usual_video is None else _media_token(file, "video", usual_video)
+
+    # 3 pictures and videos
+    tiles = _max_tiles(file.get("vision_aspect_ratio", "anyres_max_9"))
+    canvases = ONEVISION_PINPOINTS if onevision else NEXT_PINPOINTS
+    canvases = file.get("image_grid_pinpoints") or canvases
+    return ModelConfig(
+        text=decoder,
+        vision=vision,
+        media=MediaConfig(
+            **_read_pixels(pre, vision),
+            image="anyres" if not plain else "pad" if pre.get("do_pad") else "crop",
+            pinpoints=() if plain else _read_pinpoints(file, canvases, vision.image_size),
+            merge="flat" if plain else "spatial_unpad",
+            max_tiles=tiles if onevision else None,
+            several="pad" if onevision else "same",
+            pool="bilinear" if onevision else file.choice("spatial_pool_mode", POOLS, "average"),
+            stride=2 if onevision else _read_stride(file, "spatial_pool_stride"),
+            pool_first=family == "llava_next_video",
+            video_newline="one" if onevision else "none",
+        ),
+        family=family,
+        layout="hf",
+        projector="mlp2x_gelu",
+        projector_bias=bool(file.get("multimodal_projector_bias", True)),
+        newline=not plain,
+        image_token=image,
+        video_token=video,
+        max_length=_max_length(TEXT_DEFAULTS[decoder.kind] | text.raw),
+    )
+
+
+def _media_token(file: Section, kind: str, usual: int) -> int:
+    """A placeholder's id, under either spelling."""
+    keys = [key for key in (f"{kind}_token_index", f"{kind}_token_id") if key in file.raw]
+    return file.number(keys[0], least=0) if keys else usual
+
+
+def _read_original(folder: Path, file: Section) -> ModelConfig:
+    name = str(_architecture(file)).lower()
+    decoder = re.sub("llava|forcausallm|[^a-z0-9]", "", name) or "llama"
+    decoder = {"qwen": "qwen2"}.get(decoder, decoder)
+    kind = file.one_of(decoder, tuple(TEXT_DEFAULTS), f"decoder of {name}")
+    # The original Qwen and Mistral classes ignore rope_scaling.
+    text = file if kind == "llama" else file.holding(file.raw | {"rope_scaling": None})
+
+    # 1 the tower; errors about its values name the checkpoint's own file
+    tower = _find_tower(folder, file)
+    inner = tower.section("vision_config").raw or tower.raw
+    siglip = "siglip" in str(inner.get("model_type"))
+    select = file.choice("mm_vision_select_feature", ("patch", "cls_patch"), "patch")
+    layers = None if siglip else file.get("mm_vision_select_layer", -2)
+    vision = read_vision(file.holding(tower.raw), layers, select == "patch")
+    merge = str(file.get("mm_patch_merge_type") or "flat")
+    if merge != "flat":
+        _needs_map(file, vision)
+
+    # 2 pictures and videos
+    aspect = str(file.get("image_aspect_ratio") or "square")
+    tiles, anyres, newline = _max_tiles(aspect), aspect.startswith("anyres"), "unpad" in merge
+    pinpoints = file.get("image_grid_pinpoints")
+    mode = file.get("mm_spatial_pool_mode") or ("bilinear" if siglip else "average")
+    return ModelConfig(
+        text=read_text(text, kind, bool(file.get("tie_word_embeddings"))),
+        vision=vision,
+        media=MediaConfig(
+            **_read_pixels(file.holding({}), vision),
+            image="anyres" if anyres else "pad" if aspect == "pad" else "crop",
+            pinpoints=_flipped(_read_pinpoints(file, pinpoints, vision.image_size))
+            if anyres else (),
+            merge="tiles" if merge == "unires" else merge,
+            max_tiles=tiles,
+            round_unpad=False,
+            several="pad" if tiles else "same",
+            pool=file.one_of(mode, POOLS, "mm_spatial_pool_mode"),
+            stride=_read_stride(file, "mm_spatial_pool_stride"),
+            pool_first=file.get("mm_pooling_position") == "before",
+            video_newline=_video_newline(file, tiles is not None) if newline else "none",
+        ),
+        family="longva" if merge == "unires" else "llava_onevision" if tiles else
+        "llava_next" if anyres else "llava",
+        layout="original",
+        projector=str(file.get("mm_projector_type", "linear")),
+        projector_bias=True,
+        newline=newline,
+        image_token=-200,
+        video_token=-200,
+        tower=tower.where,
+        max_length=_max_length(file.raw),
+    )  # fmt: skip
+
+
+def _find_tower(folder: Path, file: Section) -> Section:
+    """The tower's own config; it is `where` its weights may be too: a folder or a hub id."""
+    name = file.raw["mm_vision_tower"]
+    name = name if isinstance(name, str) else ""
+    for place in (folder / name, Path(name)):
+        if name and (place / "config.json").exists():
+            return Section(read_json(place / "config.json"), str(place))
+    for public, config in PUBLIC_TOWERS.items():
+        if name == public or Path(name).name == public.split("/")[1]:
+            return Section(config, public)
+    raise file.fault(
+        f"mm_vision_tower {name!r} is neither a folder with a config.json nor one of "
+        f"{', '.join(PUBLIC_TOWERS)}: put the tower's folder there"
+    )
+
+
+def _flipped(pinpoints: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The original code reads pinpoints as (width, height), HF the same list as (height, width)."""
+    return tuple((h, w) for w, h in pinpoints)
+
+
+def _video_newline(file: Section, onevision: bool) -> str:
+    """mm_newline_position where it is written; else what each family's own demo sets."""
+    value = file.get("mm_newline_position") or ("one_token" if onevision else "no_token")
+    return NEWLINES[file.one_of(value, tuple(NEWLINES), "mm_newline_position")]
+
+
+def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
+    """Decoder config from HF keys, written by transformers 4 or 5."""
+    c = file.holding(TEXT_DEFAULTS[file.one_of(kind, tuple(TEXT_DEFAULTS), "decoder")] | file.raw)
+    rope = c.section("rope_scaling").raw | c.section("rope_parameters").raw
+    scaling = c.one_of(
+        rope.get("rope_type", rope.get("type", "default")), ("default", "linear"), "rope type"
+    )
+    c.choice("hidden_act", ("silu",))
+    heads, width, own = c.number("num_attention_heads"), c.number("hidden_size"), c.get("head_dim")
+    shared = {"num_key_value_heads": c.get("num_key_value_heads") or heads}
+    c = c.holding(c.raw | shared | {"head_dim": own or width // heads})
+    kv_heads, head_dim = c.number("num_key_value_heads"), c.number("head_dim")
+    if (width % heads and not own) or heads % kv_heads or head_dim % 2:
+        raise c.fault(
+            f"hidden_size {width}, {heads} heads of {head_dim} and {kv_heads} key/value "
+            "heads do not divide"
+        )
+    windowed = kind == "mistral" or (kind == "qwen2" and c.get("use_sliding_window"))
+    windowed = windowed and c.get("sliding_window") is not None
+    return TextConfig(
+        kind=kind,
+        vocab_size=c.number("vocab_size"),
+        hidden_size=width,
+        intermediate_size=c.number("intermediate_size"),
+        num_layers=c.number("num_hidden_layers", most=1000),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=c.positive("rms_norm_eps"),
+        rope_theta=c.holding(c.raw | rope).positive("rope_theta"),
+        rope_factor=c.holding(rope).positive("factor") if scaling == "linear" else 1.0,
+        qkv_bias=kind == "qwen2",
+        tied=tied,
+        sliding_window=c.number("sliding_window") if windowed else None,
+    )
+
+
+def read_vision(file: Section, layers: Any, drop_cls: bool) -> VisionConfig:
+    """Tower config from a CLIP/SigLIP config (a full CLIP config holds it under `vision_config`).
+
+    `layers` are hidden-state indices as configs write them (-2: before the last block), one or a
+    list; None means the original SigLIP rule: all blocks but the last. `drop_cls` counts for CLIP.
+    """
+    inner = file.section("vision_config").raw or file.raw
+    name = inner.get("model_type") or file.get("model_type")
+    name = name.removesuffix("_vision_model") if isinstance(name, str) else name
+    kind = file.one_of(name, tuple(VISION_DEFAULTS), "vision tower")
+    c = file.holding(VISION_DEFAULTS[kind] | inner)
+    count = c.number("num_hidden_layers", most=1000)
+    listed = [-2] if layers is None else layers if isinstance(layers, list) else [layers]
+    if not listed or not all(type(i) is int and -count - 1 <= i <= count for i in listed):
+        raise c.fault(f"vision_feature_layer {shown(layers)} does not fit {count} layers")
+    heads, width = c.number("num_attention_heads"), c.number("hidden_size")
+    size, patch = (c.number(key, most=10**4) for key in ("image_size", "patch_size"))
+    if width % heads or size < patch:
+        raise c.fault(f"width {width}, {heads} heads, image {size} and patch {patch} do not fit")
+    return VisionConfig(
+        kind=kind,
+        hidden_size=width,
+        intermediate_size=c.number("intermediate_size"),
+        num_layers=count,
+        num_heads=heads,
+        image_size=size,
+        patch_size=patch,
+        layer_norm_eps=c.positive("layer_norm_eps"),
+        hidden_act=c.choice("hidden_act", ACTIVATIONS),
+        take=tuple(i if i >= 0 else count + 1 + i for i in listed),
+        drop_cls=kind == "clip" and drop_cls,
+    )
+
+
+def _needs_map(file: Section, vision: VisionConfig) -> None:
+    """ModelError where features must lie on a grid and CLIP keeps its class token in front."""
+    if vision.kind == "clip" and not vision.drop_cls:
+        raise file.fault("only LLaVA-1.5 can keep CLIP's class token (feature selection)")
+
+
+def _read_preprocessor(folder: Path) -> Section:
+    """Image-processor settings: preprocessor_config.json (v4) or processor_config.json (v5)."""
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        raw = read_json(path) if path.exists() else {}
+        raw = Section(raw, str(path)).section("image_processor").raw or raw
+        if "image_mean" in raw or "size" in raw:
+            return Section(raw, str(folder))
+    return Section({}, str(folder))
+
+
+def _read_pixels(pre: Section, vision: VisionConfig) -> dict[str, Any]:
+    """The MediaConfig fields about pixels: processor settings, the tower's own where they lack."""
+    siglip, size = vision.kind == "siglip", pre.get("size")
+    squash = siglip if size is None else isinstance(size, dict) and "height" in size
+    return {
+        "size": vision.image_size,
+        "resize": "squash" if squash else "crop",
+        "mean": _read_colours(pre, "image_mean", HALF if siglip else CLIP_MEAN),
+        "std": _read_colours(pre, "image_std", HALF if siglip else CLIP_STD),
+    }
+
+
+def _read_colours(pre: Section, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """A number above zero for each of the three channels, `usual` where settings lack them."""
+    values = pre.get(key) or usual
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        raise pre.wrong(key, values, "expected three numbers")
+    return tuple(pre.holding({key: value}).positive(key) for value in values)
+
+
+def _read_pinpoints(file: Section, value: Any, tile: int) -> tuple[tuple[int, int], ...]:
+    """Canvas sizes in pixels, as the file orders a pair (HF: height, width; original: the reverse).
+
+    A list of pairs, the same as a Python literal, or "(1x1),...,(6x6)": all pairs of tile counts
+    between the first and the last. Raises ModelError for anything else, and for parts of a tile.
+    """
+    if isinstance(value, str) and "x" in value:
+        if found := re.fullmatch(r"\((\d\d?)x(\d\d?)\).*\((\d\d?)x(\d\d?)\)", value):
+            a, b, c, d = map(int, found.groups())
+            value = [(i * tile, j * tile) for i in range(a, c + 1) for j in range(b, d + 1)]
+    elif isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = None
+    whole = isinstance(value, list | tuple) and 0 < len(value) <= 10**4
+    if not whole or not all(_is_canvas(pair, tile) for pair in value):
+        raise file.wrong("image_grid_pinpoints", value, f"expected pairs of multiples of {tile}")
+    return tuple((a, b) for a, b in value)
+
+
+def _is_canvas(pair: Any, tile: int) -> bool:
+    return (
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(type(side) is int and 0 < side < 10**6 and side % tile == 0 for side in pair)
+    )
+
+
+def _max_tiles(aspect: Any) -> int | None:
+    """N of "anyres_max_N", OneVision's mark."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(aspect))
+    return int(found[1]) if found else None
+
+
+def _read_stride(file: Section, key: str) -> int:
+    """The pooling stride at `key`, 2 where it is missing."""
+    return file.number(key, most=100) if file.get(key) is not None else 2
+
+
+def _max_length(raw: dict[str, Any]) -> int | None:
+    """The context a checkpoint was trained for, where the file tells."""
+    value = raw.get("tokenizer_model_max_length") or raw.get("max_position_embeddings")
+    return value if isinstance(value, int) else None
