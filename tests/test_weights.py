@@ -22,9 +22,8 @@ from torch import Tensor
 import zipvl
 from zipvl.errors import ModelError
 from zipvl.model.layouts import read_config
-from zipvl.model.shards import read_tensors
 from zipvl.model.vlm import VLM
-from zipvl.model.weights import SPELLINGS, load_weights
+from zipvl.model.weights import SPELLINGS, load_weights, read_tensors
 
 CPU = torch.device("cpu")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

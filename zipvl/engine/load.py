@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from ..errors import ModelError, UsageError
-from ..model import hub, kernels
+from ..model import kernels
 from ..model.chat import Chat
 from ..model.compiled import compile_rows
 from ..model.layouts import read_config
-from ..model.weights import load_weights
+from ..model.weights import find_checkpoint, load_weights
 from ..model.weights_only import check_kind, pack_weights
 from .engine import Engine
 from .graph import GraphStep, Step
@@ -37,7 +37,7 @@ def load(
     `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
     Raises ModelError, UsageError.
     """
-    folder = hub.resolve(DEMO / "model" if model is None else model)
+    folder = find_checkpoint(DEMO / "model" if model is None else model)
     config = read_config(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)

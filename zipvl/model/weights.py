@@ -1,22 +1,25 @@
-"""Weights from safetensors files into a model, each tensor read once, straight to its place.
+"""From a checkpoint's name to its folder, its safetensors files, and each tensor in its place.
 
-Checkpoints spell the same tensor in five ways (old and new transformers, transformers 5 without
-`vision_model.`, the original code, a tower's own repository); one small table makes them one:
+Each tensor is read once, straight to where it stays. Checkpoints spell the same tensor in five ways
+(old and new transformers, transformers 5 without `vision_model.`, the original code, a tower's own
+repository); one small table makes them one:
 
     vision.*  projector.{0,2}.*  image_newline  text.{embed_tokens,layers.N,norm}.*  lm_head.weight
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import ModelConfig
+from ..config import ModelConfig, read_json, shown
 from ..errors import ModelError
-from .shards import read_tensors
 from .vlm import VLM
 
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]  # of a hub repository
 SPELLINGS: list[tuple[str, str]] = [  # tried in order: tower names hold `layers.N` too
     (r"(?:.*\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)", r"vision.\1"),
     (r"(?:.*\.)?mm_projector\.(weight|bias)", r"projector.0.\1"),
@@ -32,33 +35,66 @@ TOWER_SPELLINGS = [(r"(?:vision_model\.)?(.+)", r"vision.\1")]
 UNUSED = r".*(rotary_emb\.inv_freq|embeddings\.position_ids)|vision\.(post_layernorm|head)\..*"
 
 
+def find_checkpoint(model: str | Path) -> Path:
+    """The local folder of `model`; "owner/name" is fetched from the hub if it is no path."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file: give the checkpoint's folder")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        return fetch(str(model))
+    raise ModelError(f"model {str(model)!r} is neither a folder nor a hub id like owner/name")
+
+
+def fetch(repo: str) -> Path:
+    """Folder of a hub repository's safetensors and text files, from the cache or the network."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ModelError(
+            f"{repo} is no local folder, and fetching it needs the huggingface_hub package"
+        ) from None
+    try:
+        return Path(snapshot_download(repo, allow_patterns=WANTED))
+    except Exception as e:  # the library raises its own, requests' and urllib's errors
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"{repo} is no local folder and cannot be fetched from the hub: {reason}"
+        ) from None
+
+
 def load_weights(
     config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> VLM:
     """The model of `config` with the weights of `folder` on `device` in `dtype`.
 
-    Peak memory is the model plus one tensor. Raises ModelError that lists missing, unexpected and
-    mis-shaped names.
+    What the files lack of the tower comes from the folder that the config names for it. Peak memory
+    is the model plus one tensor. Raises ModelError that lists missing, unexpected and mis-shaped
+    names.
     """
     with torch.device("meta"):
         model = VLM(config)
     missing = {name: p.shape for name, p in model.named_parameters()}
     unexpected: list[str] = []
     misshaped: list[str] = []
-    for name, tensor in read_tensors(folder, SPELLINGS):
-        if name == "lm_head.weight" and config.text.tied:
-            continue
-        if name not in missing:
-            if not ignorable(name, config):
-                unexpected.append(name)
-        elif tensor.shape != missing[name]:
-            misshaped.append(
-                f"{name} is {list(tensor.shape)}, config says {list(missing.pop(name))}"
-            )
-        else:
+
+    def take(name: str, tensor: Tensor) -> None:
+        shape = missing.pop(name)
+        if tensor.shape == shape:
             place(model, name, tensor, device, dtype)
-            missing.pop(name)
-    fill_tower(model, missing, misshaped, config, folder, device, dtype)
+        else:
+            misshaped.append(f"{name} is {list(tensor.shape)}, config says {list(shape)}")
+
+    for name, tensor in read_tensors(folder, SPELLINGS):
+        if name in missing:
+            take(name, tensor)
+        elif not ignorable(name, config):
+            unexpected.append(name)
+    if config.tower is not None and any(name.startswith("vision.") for name in missing):
+        for name, tensor in read_tensors(tower_folder(config.tower, folder), TOWER_SPELLINGS):
+            if name in missing:
+                take(name, tensor)
     if "lm_head.weight" in missing and "text.embed_tokens.weight" not in missing:
         missing.pop("lm_head.weight")  # no head in the files means a tied one, whatever config says
         model.lm_head.weight = model.text.embed_tokens.weight
@@ -70,6 +106,8 @@ def ignorable(name: str, config: ModelConfig) -> bool:
     """Tensors that a checkpoint may hold and the model does not use."""
     block = re.match(r"vision\.encoder\.layers\.(\d+)\.", name)
     if block and int(block[1]) >= max(config.vision.take):
+        return True
+    if name == "lm_head.weight" and config.text.tied:
         return True
     return name == "image_newline" or re.fullmatch(UNUSED, name) is not None
 
@@ -84,36 +122,6 @@ def place(model: VLM, name: str, tensor: Tensor, device: torch.device, dtype: to
         model.lm_head.weight = parameter
 
 
-def fill_tower(model: VLM, missing: dict, misshaped: list[str], config: ModelConfig, folder: Path,
-               device: torch.device, dtype: torch.dtype) -> None:  # fmt: skip
-    """Reads what the checkpoint lacks of the tower from the folder that the config names."""
-    wanted = [name for name in missing if name.startswith("vision.")]
-    if not wanted or config.tower is None:
-        return
-    for name, tensor in read_tensors(tower_folder(config.tower, folder), TOWER_SPELLINGS):
-        if name not in wanted or name not in missing:
-            continue
-        if tensor.shape != missing[name]:
-            misshaped.append(f"{name} is {list(tensor.shape)}, config says {list(missing[name])}")
-        else:
-            place(model, name, tensor, device, dtype)
-        missing.pop(name)
-
-
-def tower_folder(tower: str, folder: Path) -> Path:
-    if Path(tower).is_dir():
-        return Path(tower)
-    from .hub import fetch  # a hub id, when the hub can be reached or has it cached
-
-    try:
-        return fetch(tower)
-    except ModelError as e:
-        raise ModelError(
-            f"{folder} holds no vision tower and names {tower!r} for it: {e}; or put that folder "
-            "inside the checkpoint and write its name into config.json as mm_vision_tower"
-        ) from None
-
-
 def report(folder: Path, missing: list[str], unexpected: list[str], misshaped: list[str]) -> None:
     """Raises one ModelError that names up to ten tensors of each kind of fault."""
     faults = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
@@ -124,3 +132,97 @@ def report(folder: Path, missing: list[str], unexpected: list[str], misshaped: l
     ]
     if listed:
         raise ModelError(f"the weights in {folder} do not fit its config.json: {'; '.join(listed)}")
+
+
+def tower_folder(tower: str, folder: Path) -> Path:
+    if Path(tower).is_dir():
+        return Path(tower)
+    try:
+        return fetch(tower)  # a hub id, when the hub can be reached or has it cached
+    except ModelError as e:
+        raise ModelError(
+            f"{folder} holds no vision tower and names {tower!r} for it: {e}; or put that folder "
+            "inside the checkpoint and write its name into config.json as mm_vision_tower"
+        ) from None
+
+
+def read_tensors(folder: Path, spellings: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files as (canonical name, tensor), one at a time.
+
+    A tensor is a view of the mapped file: copy it before asking for the next.
+    """
+    seen: dict[str, str] = {}
+    for path in weight_files(folder):
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no dict
+                known = canonical(name, spellings)
+                if known in seen:
+                    raise ModelError(f"{path} holds {name} a second time (first in {seen[known]})")
+                seen[known] = path.name
+                yield known, file.get_tensor(name)
+
+
+def canonical(name: str, spellings: list[tuple[str, str]]) -> str:
+    """The one name that this package uses for the tensor a file calls `name`."""
+    for pattern, replacement in spellings:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(replacement)
+    return name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, else all there are."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ModelError(f"{index} has no weight_map: download the file again")
+        shards = sorted({inside(index, name) for name in names.values()})
+        if gone := [path.name for path in shards if not path.is_file()]:
+            raise ModelError(f"{index} names shards that are missing: {', '.join(gone[:10])}")
+        return shards
+    if files := sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
+        return files
+    pickles = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
+    hint = f" (only {pickles[0]}, a pickle, which can run code)" if pickles else ""
+    raise ModelError(
+        f"{folder} holds no .safetensors file{hint}: get a safetensors revision of the checkpoint, "
+        "or convert it on a machine you trust"
+    )
+
+
+def inside(index: Path, name: object) -> Path:
+    """The shard `name` of an index, which must be a plain file name of the index's own folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.A):
+        raise ModelError(
+            f"{index} names {shown(name)}, which is not a .safetensors file of its own folder"
+        )
+    path = index.parent / name
+    home = index.parent.resolve()
+    if home.parent.name == "snapshots":  # a hub cache keeps files in blobs/ and links to them
+        home = home.parent.parent
+    if path.exists() and not path.resolve().is_relative_to(home):
+        raise ModelError(
+            f"{path} is a link that leads out of the checkpoint's folder: copy the file"
+        )
+    return path
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """safe_open with the usual wrong files named for what they are."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror}") from None
+    except SafetensorError as e:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            hint = "it is a git-lfs pointer, not the weights: run `git lfs pull` in that folder"
+        elif not start:
+            hint = "it is empty: download it again"
+        elif start.lstrip()[:1] == b"<":
+            hint = "it is an HTML page, not the weights: download it again"
+        else:
+            hint = f"{e}: download it again"
+        raise ModelError(f"{path} is not a readable safetensors file: {hint}") from None
