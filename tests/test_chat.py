@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from zipvl.config import MediaConfig, ModelConfig, TextConfig, VisionConfig
 from zipvl.errors import ModelError, UsageError
-from zipvl.model.chat import Chat
-from zipvl.model.sentencepiece import read_sentencepiece
-from zipvl.model.templates import BUILT_IN
+from zipvl.model.chat import BUILT_IN, Chat
+from zipvl.model.tokenizer import read_sentencepiece
 
 DATA = Path(__file__).parent / "data"
 IMAGE, VIDEO = {"type": "image"}, {"type": "video"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import zipvl
-from zipvl.model.templates import BUILT_IN
+from zipvl.model.chat import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES, MAX_FUNCTION, MAX_COLUMNS, MAX_CORE, MAX_SPEED = 190, 60, 100, 4900, 250

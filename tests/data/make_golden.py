@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from zipvl.model.sentencepiece import read_sentencepiece  # noqa: E402
+from zipvl.model.tokenizer import read_sentencepiece  # noqa: E402
 
 PROMPTS = {
     "vicuna": ["USER: ", "\nWhat is this? ASSISTANT:", "USER"],

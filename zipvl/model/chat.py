@@ -4,21 +4,39 @@
 
 In the HF layout a marker is a token of the vocabulary; the original layout has none and splits the
 text on "<image>" (upstream: LLaVA mm_utils.py, tokenizer_image_token).
+
+The template is the checkpoint's own jinja file, or the built-in one of its family. It sees
+`messages` (role, content), the tokenizer's special tokens and `add_generation_prompt`, as
+transformers passes them. Built-in ones take content as one string.
 """
 
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from ..config import ModelConfig
 from ..errors import ModelError, UsageError
-from .detokenizer import Detokenizer
-from .templates import PromptTemplate, load_template
-from .tokenizer import bos_ids, load_tokenizer, named_tokens, optional_json, stop_ids
+from .tokenizer import (
+    Detokenizer,
+    bos_ids,
+    load_tokenizer,
+    named_tokens,
+    optional_json,
+    stop_ids,
+)
 
 Part = dict[str, str]  # {"type": "image"} | {"type": "video"} | {"type": "text", "text": ...}
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": [Part, ...]}
@@ -29,7 +47,7 @@ class Chat:
     """Tokenizer and prompt template of one checkpoint (messages: see `Message` and `Part`)."""
 
     tokenizer: Tokenizer
-    template: PromptTemplate
+    template: "PromptTemplate"
     markers: dict[str, str]  # kind of medium -> what stands for it in the rendered prompt
     marker_ids: frozenset[int]  # their ids; none in the original layout
     bos: tuple[int, ...]  # in front of every prompt, once
@@ -134,7 +152,7 @@ class Chat:
         order, the message goes in as one text part with the markers already in place.
         """
         flat = [(m["role"], self._flat(m["content"])) for m in messages]
-        if self.template.takes_parts():
+        if self.template.takes_parts:
             if all(self._media_first(m["content"]) for m in messages):
                 yield messages
             yield [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in flat]
@@ -184,3 +202,164 @@ def _markers(tok: Tokenizer, folder: Path, config: ModelConfig) -> dict[str, str
                 f"as the {kind} placeholder: the tokenizer belongs to another checkpoint"
             )
     return {kind: added[i].content for kind, i in ids.items()}
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A compiled template. `name` is a built-in's name or the file it comes from."""
+
+    name: str
+    source: Callable[..., str]
+    tokens: dict[str, str]  # bos_token, eos_token, ... of the tokenizer
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt up to where the answer starts. Raises ModelError when the template fails."""
+        try:
+            return self.source(messages=messages, add_generation_prompt=True, **self.tokens)
+        except Exception as e:  # a template is a foreign program: anything can come out of it
+            raise ModelError(
+                f"the chat template {self.name} fails on this conversation ({e}): "
+                f"choose another template ({', '.join(BUILT_IN)})"
+            ) from None
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether content may be a list of parts; many templates insert it as a string."""
+        part = {"type": "text", "text": "probe"}
+        try:
+            text = self.render([{"role": "user", "content": [part]}])
+        except ModelError:
+            return False
+        return "probe" in text and "'text'" not in text
+
+
+def load_template(
+    folder: Path, config: ModelConfig, choice: str | None, tokens: dict[str, str]
+) -> PromptTemplate:
+    """The template `choice` names (built-in or .jinja file); None: the checkpoint's, else built-in.
+
+    Raises UsageError for an unknown choice, ModelError for a template that does not compile.
+    """
+    name, source = _named(choice) if choice is not None else _shipped(folder, config)
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _refuse
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return PromptTemplate(name, env.from_string(source).render, tokens)
+    except (jinja2.TemplateError, RecursionError) as e:
+        raise ModelError(
+            f"the chat template {name} is not valid jinja ({e}): choose another template "
+            f"({', '.join(BUILT_IN)})"
+        ) from None
+
+
+def _named(choice: str) -> tuple[str, str]:
+    if choice in BUILT_IN:
+        return choice, BUILT_IN[choice]
+    try:
+        return choice, Path(choice).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise UsageError(
+            f"template {choice!r} is neither built in ({', '.join(BUILT_IN)}) nor a readable file"
+        ) from None
+
+
+def _shipped(folder: Path, config: ModelConfig) -> tuple[str, str]:
+    own = folder / "chat_template.jinja"
+    if own.exists():
+        try:
+            return str(own), own.read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise ModelError(f"{own} is not readable ({e}): download the file again") from None
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        found = optional_json(folder / file).get("chat_template")
+        if isinstance(found, list):  # several named templates: "default" answers, others use tools
+            found = {t["name"]: t["template"] for t in found}.get("default")
+        if isinstance(found, str):
+            return str(folder / file), found
+    name = _default(config)
+    return name, BUILT_IN[name]
+
+
+def _default(config: ModelConfig) -> str:
+    """The built-in template a family was trained with."""
+    if config.text.kind != "llama":
+        return {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}[config.text.kind]
+    if config.layout == "original":
+        return "vicuna_v1"
+    return {"llava": "vicuna", "llava_next": "llava_v1"}.get(config.family, "vicuna_v1")
+
+
+class _Generation(Extension):
+    """{% generation %} marks answers for training; here its body is simply printed."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Macro) -> str:
+        return caller()
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+# The built-in templates.
+
+POLITE = (
+    "A chat between a curious {0} and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the {0}'s questions. "
+)
+
+
+def _vicuna(system: str) -> str:
+    """A space ends a question, </s> an answer (LLaVA conversation.py, SeparatorStyle.TWO)."""
+    return (
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
+        '{% else %}{{ "' + system + '" }}{% endif %}'
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+        "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + '</s>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+
+
+def _chatml(system: str, after: str) -> str:
+    """<|im_start|>role, the text, <|im_end|> and `after` (conversation.py, CHATML and MPT)."""
+    return (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\n" + system + "<|im_end|>" + after + "' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + "
+        "'<|im_end|>" + after + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+BUILT_IN = {
+    "vicuna_v1": _vicuna(POLITE.format("user")),  # LLaVA-1.5, 1.6 and NeXT-Video as trained
+    "llava_v1": _vicuna(POLITE.format("human")),  # what the original command line picks for "v1"
+    "vicuna": _vicuna(""),  # LLaVA-1.5 in the HF layout: no system prompt
+    "mistral_instruct": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
+        "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}"
+        "{{ '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' }}{% endif %}"
+        "{{ m['content'] + ' [/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' </s>' }}"
+        "{% endif %}{% endfor %}"
+    ),
+    "qwen_1_5": _chatml("You are a helpful assistant.", "\\n"),  # OneVision, LongVA
+    "qwen_2_5": _chatml(
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "\\n"
+    ),
+    "chatml_direct": _chatml("Answer the questions.", ""),
+}

@@ -1,18 +1,29 @@
-"""The tokenizer of a checkpoint folder, its named tokens and its stop tokens.
+"""The tokenizer of a checkpoint folder, its named tokens and its stop tokens, and ids to text.
 
 tokenizer.json              read as written
-tokenizer.model             SentencePiece (original LLaVA-1.5 and 1.6)
+tokenizer.model             SentencePiece (original LLaVA-1.5 and 1.6), read without protobuf
 vocab.json + merges.txt     Qwen2's byte-level BPE
 """
 
+import codecs
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from ..config import ModelConfig, read_json
 from ..errors import ModelError
-from .sentencepiece import read_sentencepiece
 
 QWEN2_SPLIT = (  # one digit at a time; transformers models/qwen2/tokenization_qwen2.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -51,11 +62,14 @@ def _from_json(path: Path) -> Tokenizer:
     if isinstance(pre, pre_tokenizers.Metaspace) and pre.prepend_scheme == "first":
         # Files of legacy=false tokenizers: "▁" only in front of the whole text. LLaVA was trained
         # on chunks between pictures, each with its own "▁" (models.md 4.3: the ids differ).
-        tok.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
+        tok.normalizer = _dummy_prefix()
         tok.pre_tokenizer = None
     return tok
+
+
+def _dummy_prefix() -> normalizers.Normalizer:
+    """SentencePiece's spaces: each is "▁", and one stands in front of every stretch of text."""
+    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def _from_merges(folder: Path) -> Tokenizer:
@@ -139,3 +153,148 @@ def stop_ids(
             f"{folder} names no end-of-text token: write eos_token_id into generation_config.json"
         )
     return stops
+
+
+# SentencePiece. The file is one protobuf message; field numbers are those of
+# sentencepiece_model.proto: ModelProto {1: piece..., 2: trainer_spec, 3: normalizer_spec},
+# piece {1: text, 2: score, 3: type}.
+PIECE, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of a piece
+
+
+def read_sentencepiece(path: Path) -> Tokenizer:
+    """The tokenizer in `path`: BOS in front, and every stretch of text gets the dummy prefix "▁".
+
+    Raises ModelError when the file is damaged or is not a BPE model with plain normalisation.
+    """
+    try:
+        pieces, kind, charsmap = _parse_model(path.read_bytes())
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, struct.error):
+        raise ModelError(f"{path} is not a SentencePiece model: download the file again") from None
+    if kind != 2 or charsmap:
+        raise ModelError(
+            f"{path} is a SentencePiece model that is not plain BPE: save the tokenizer as "
+            "tokenizer.json beside it"
+        )
+    return _from_pieces(pieces)
+
+
+def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) pairs of one protobuf message."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
+        if at + size > len(data):
+            raise ValueError("the message ends inside a field")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]:
+    """(pieces as (text, score, type), model kind (2 = BPE), compiled normalisation rules)."""
+    pieces = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    for number, value in _protobuf(data):
+        if number == 1:
+            piece = dict(_protobuf(value))
+            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+            pieces.append((piece[1].decode(), score, piece.get(3, PIECE)))
+        elif number == 2:
+            trainer = dict(_protobuf(value))
+        elif number == 3:
+            normalizer = dict(_protobuf(value))
+    if not (pieces and trainer and normalizer):
+        raise ValueError("the message has no pieces, trainer or normaliser: it is cut short")
+    return pieces, trainer.get(3, 1), normalizer.get(2, b"")
+
+
+def _from_pieces(pieces: list[tuple[str, float, int]]) -> Tokenizer:
+    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    ranked = [
+        (-score, -cut, text[:cut], text[cut:])
+        for text, score, kind in pieces
+        for cut in range(1, len(text))
+        if kind == PIECE and text[:cut] in vocab and text[cut:] in vocab
+    ]
+    # SentencePiece merges the best-scored pair, leftmost first. Merges of equal score (runs of
+    # spaces) then grow from the left, which is what preferring the longer left part does.
+    ranked.sort(key=lambda m: m[:2])
+    merges = [(left, right) for _, _, left, right in ranked]
+    unknown = next((text for text, _, kind in pieces if kind == UNKNOWN), None)
+    has_bytes = any(kind == BYTE for _, _, kind in pieces)
+    tok = Tokenizer(
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
+    )
+    tok.normalizer = _dummy_prefix()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tok.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tok.add_special_tokens([t for t, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
+    tok.add_tokens([AddedToken(t, normalized=False) for t, _, k in pieces if k == USER_DEFINED])
+    if "<s>" in vocab:
+        tok.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
+        )
+    return tok
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of every byte -> the byte (openai/gpt-2 encoder.py)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+BYTE_OF_LETTER = _byte_alphabet()
+BYTE_OF_PIECE = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
+
+
+class Detokenizer:
+    """Text of one answer as its tokens come, never half a character, in constant time a token.
+
+    Tokens become bytes and bytes become text, so a character split over tokens waits for its last
+    byte, and what is no UTF-8 becomes U+FFFD. Special tokens are left out.
+    """
+
+    def __init__(self, tok: Tokenizer, special: frozenset[int]) -> None:
+        self._tok, self._special = tok, special
+        self._byte_level = isinstance(tok.decoder, decoders.ByteLevel)
+        self._strip = not self._byte_level  # the dummy prefix: one space, at the very start only
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes, "" when there are none yet."""
+        if token in self._special:
+            return ""
+        return self._start(self._text.decode(self._bytes(token)))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character cut short, else ""."""
+        return self._start(self._text.decode(b"", final=True))
+
+    def _start(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
+
+    def _bytes(self, token: int) -> bytes:
+        piece = self._tok.id_to_token(token) or ""
+        if not self._byte_level:
+            return BYTE_OF_PIECE.get(piece) or piece.replace("▁", " ").encode()
+        if all(c in BYTE_OF_LETTER for c in piece):
+            return bytes(BYTE_OF_LETTER[c] for c in piece)
+        return piece.encode()  # an added token is written as it reads
