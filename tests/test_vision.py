@@ -28,11 +28,11 @@ from zipvl.errors import ModelError
 from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS, ONEVISION_PINPOINTS
 from zipvl.vision.encoder import VisionTower, projector
 from zipvl.vision.image import Geometry, plan
-from zipvl.vision.packing import (
+from zipvl.vision.merge import (
     count_tokens_image,
     count_tokens_video,
-    pack_image,
-    pack_video,
+    merge_image,
+    merge_video,
     pool_frames,
 )
 
@@ -161,7 +161,7 @@ def onevision_model():
 def packed(model, image, media, config, alone=True) -> torch.Tensor:
     geometry = plan(image.height, image.width, media, alone)
     found = features(model, config, ours(image, media, alone))
-    tokens = pack_image(found, geometry, media, config.grid, model.image_newline)
+    tokens = merge_image(found, geometry, media, config.grid, model.image_newline)
     assert len(tokens) == count_tokens_image(geometry, media, config)
     return tokens
 
@@ -204,7 +204,7 @@ def test_onevision_pictures_equal_transformers(onevision_model, size, count):
 def test_onevision_video_equals_transformers(onevision_model):
     pixels = torch.randn(4, 3, 72, 72)
     pooled = pool_frames(features(onevision_model, SIGLIP, pixels), ONEVISION_MEDIA, 5)
-    tokens = pack_video(pooled, ONEVISION_MEDIA, onevision_model.image_newline)
+    tokens = merge_video(pooled, ONEVISION_MEDIA, onevision_model.image_newline)
     close(tokens, onevision_model.get_video_features(pixels[None]).pooler_output[0])
     assert len(tokens) == count_tokens_video(4, ONEVISION_MEDIA, SIGLIP) == 37
 
@@ -222,7 +222,7 @@ def test_next_video_pools_before_the_projector(mode):
     raw = copy_of(model.vision_tower, tower_config("clip", 70, 4, (3,)))(pixels)
     pooled = pool_frames(raw, media, 5)
     assert pooled.shape == (5, 4, 32)
-    tokens = pack_video(model.multi_modal_projector(pooled), media, None)
+    tokens = merge_video(model.multi_modal_projector(pooled), media, None)
     close(
         tokens, torch.cat(list(model.get_video_features(pixels[None]).pooler_output)).flatten(0, -2)
     )
@@ -261,7 +261,8 @@ def test_video_newlines():
         ("grid", [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1]),
     ]:
         assert (
-            pack_video(frames, clip("crop", video_newline=where), newline).flatten().tolist() == row
+            merge_video(frames, clip("crop", video_newline=where), newline).flatten().tolist()
+            == row
         )
 
 
@@ -278,15 +279,15 @@ def test_merging_without_newlines_or_base():
         ("tiles", [5.5, 9.5]),
     ]:
         media = clip("anyres", merge=merge, pool="average")
-        assert pack_image(crops, geometry, media, 2, newline).flatten().tolist() == row
-    lone = pack_image(crops[:1], Geometry(9, 9), clip("crop"), 2, newline)
+        assert merge_image(crops, geometry, media, 2, newline).flatten().tolist() == row
+    lone = merge_image(crops[:1], Geometry(9, 9), clip("crop"), 2, newline)
     assert lone.flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_longva_pools_every_tile_of_its_own():
     media = clip("anyres", merge="tiles", pool="average")
     crops = torch.randn(7, 16, 3)
-    found = pack_image(crops, Geometry(5, 5, 2, 3), media, 4, None)
+    found = merge_image(crops, Geometry(5, 5, 2, 3), media, 4, None)
     maps = crops[1:].transpose(1, 2).view(6, 3, 4, 4)
     torch.testing.assert_close(
         found, F.avg_pool2d(maps, 2).flatten(2).transpose(1, 2).reshape(-1, 3)
@@ -351,7 +352,7 @@ def test_counts_are_the_packed_lengths(width, height, alone, kind):
     media, vision = real(kind)
     geometry = plan(height, width, media, alone)
     features = torch.arange(geometry.crops * vision.tokens).float().view(-1, vision.tokens, 1)
-    tokens = pack_image(features, geometry, media, vision.grid, torch.tensor([-1.0]))
+    tokens = merge_image(features, geometry, media, vision.grid, torch.tensor([-1.0]))
     assert len(tokens) == count_tokens_image(geometry, media, vision)
     if kind == "next":  # what is kept of the tiles is what transformers keeps
         side = vision.grid

@@ -34,7 +34,7 @@ from zipvl.engine.load import DEMO, load
 from zipvl.errors import UsageError, ZipvlError
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
-from zipvl.vision.packing import pool_frames
+from zipvl.vision.merge import pool_frames
 
 from .backgrounds import bundled, gradients, noise
 from .bank import EMPTY, Bank, build

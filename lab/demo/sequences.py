@@ -20,7 +20,7 @@ from torch import Tensor
 from zipvl.model.decoder import Block, Decoder, RMSNorm
 from zipvl.model.rope import rope_table, rotate
 from zipvl.model.vlm import VLM
-from zipvl.vision.packing import pool_frames
+from zipvl.vision.merge import pool_frames
 
 from .bank import EMPTY, Bank, group
 from .checkpoint import END, SPECIAL

@@ -17,7 +17,7 @@ import torch
 from zipvl.engine.inputs import Inputs, Media
 from zipvl.engine.run import Result
 from zipvl.engine.watch import HELD
-from zipvl.vision.packing import count_tokens_video, pack_video
+from zipvl.vision.merge import count_tokens_video, merge_video
 
 from ..eval.tasks import LARGEST, Item, needle_items
 from . import clips, draw, probe_study, stats
@@ -45,7 +45,7 @@ def watch(job: Job, item: Item) -> Inputs:
     for some in (some for scene in item.scenes(side) for some in scene.split(HELD)):
         crops = engine.prepare("", video=some.numpy(), frames=len(some)).media[0].crops
         parts.append(model.features(crops, pool=True))
-    tokens = pack_video(torch.cat(parts), engine.config.media, model.image_newline)
+    tokens = merge_video(torch.cat(parts), engine.config.media, model.image_newline)
     media = Media("video", crops[:0], None, len(tokens), features=tokens)
     return engine.prepare(item.question, video=media)
 

@@ -15,7 +15,7 @@ from ..config import ModelConfig
 from ..errors import ModelError, UsageError
 from ..model.chat import Chat
 from ..vision.image import Geometry, crops, open_image
-from ..vision.packing import count_tokens_image
+from ..vision.merge import count_tokens_image
 from ..vision.video import Clip
 
 Message = dict[str, Any]

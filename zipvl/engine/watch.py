@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..model.vlm import VLM
 from ..vision.image import fit_frame
-from ..vision.packing import count_tokens_video, pack_video
+from ..vision.merge import count_tokens_video, merge_video
 from ..vision.video import Clip, read_video
 from .inputs import Media, VideoSource
 from .progress import Progress
@@ -59,7 +59,7 @@ class Watch:
         if not np.array_equal(order, np.arange(len(x))):  # else no second copy of a long video
             x = x[torch.from_numpy(order)]
         with torch.inference_mode():
-            features = pack_video(x, config.media, self.model.image_newline)
+            features = merge_video(x, config.media, self.model.image_newline)
         nothing = np.empty((0, config.media.size, config.media.size, 3), dtype=np.uint8)
         clip = replace(clip, frames=nothing)
         return Media("video", torch.from_numpy(nothing), None, tokens, clip, features)

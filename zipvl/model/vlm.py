@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..vision.encoder import VisionTower, projector
 from ..vision.image import Geometry, normalise
-from ..vision.packing import pack_image, pack_video, pool_frames
+from ..vision.merge import merge_image, merge_video, pool_frames
 from .decoder import Decoder
 from .linear import Linear
 
@@ -60,8 +60,8 @@ class VLM(nn.Module):
                 progress(len(some))
         x, media = torch.cat(parts), self.config.media
         if geometry is None:
-            return pack_video(x, media, self.image_newline)
-        return pack_image(x, geometry, media, self.config.vision.grid, self.image_newline)
+            return merge_video(x, media, self.image_newline)
+        return merge_image(x, geometry, media, self.config.vision.grid, self.image_newline)
 
     def embed(self, input_ids: Tensor, is_visual: Tensor, features: list[Tensor]) -> Tensor:
         """Embeddings [T, C]: text from the table, visual tokens from `features`, in order."""

@@ -25,7 +25,7 @@ EXACT_SIDE = 8192  # past it (aspect over 24:1) a shortcut bounds memory and mov
 
 @dataclass(frozen=True)
 class Geometry:
-    """What packing must know of a picture: its size in pixels and its tiles, 0 x 0 if plain."""
+    """What merging must know of a picture: its size in pixels and its tiles, 0 x 0 if plain."""
 
     height: int
     width: int
@@ -79,7 +79,7 @@ def fit_frame(frame: np.ndarray, media: MediaConfig) -> np.ndarray:
 
 
 def crops(image: Image.Image, media: MediaConfig, alone: bool) -> tuple[np.ndarray, Geometry]:
-    """uint8 [n, S, S, 3] and what packing needs; the whole picture first, then tiles row by row.
+    """uint8 [n, S, S, 3] and what merging needs; the whole picture first, then tiles row by row.
 
     `alone` is False when the prompt holds several pictures (OneVision pads those to squares).
     """

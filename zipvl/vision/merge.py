@@ -1,7 +1,7 @@
 """Features of crops to the decoder's visual tokens: pooling, merging tiles, newline vectors.
 
 Shapes and copies only, so the same code counts tokens: it is run on meta tensors of width 1, and
-the count cannot differ from what is packed.
+the count cannot differ from what is merged.
 """
 
 import math
@@ -38,7 +38,7 @@ def pool_frames(features: Tensor, media: MediaConfig, grid: int) -> Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-def pack_image(
+def merge_image(
     features: Tensor, geometry: Geometry, media: MediaConfig, grid: int, newline: Tensor | None
 ) -> Tensor:
     """Projected features [n, N, C] of one picture, whole first -> its tokens [T, C].
@@ -65,7 +65,7 @@ def pack_image(
     return tokens if "nobase" in media.merge else torch.cat([whole, tokens])
 
 
-def pack_video(features: Tensor, media: MediaConfig, newline: Tensor | None) -> Tensor:
+def merge_video(features: Tensor, media: MediaConfig, newline: Tensor | None) -> Tensor:
     """Pooled, projected frames [F, N, C] -> the video's tokens [T, C], in order of time.
 
     `media.video_newline` puts `newline` [C] nowhere, at the end, after each frame, or after each
@@ -82,15 +82,15 @@ def pack_video(features: Tensor, media: MediaConfig, newline: Tensor | None) -> 
 
 
 def count_tokens_image(geometry: Geometry, media: MediaConfig, vision: VisionConfig) -> int:
-    """Tokens `pack_image` makes of a picture."""
+    """Tokens `merge_image` makes of a picture."""
     features = torch.empty(geometry.crops, vision.tokens, 1, device="meta")
-    return len(pack_image(features, geometry, media, vision.grid, features[0, 0]))
+    return len(merge_image(features, geometry, media, vision.grid, features[0, 0]))
 
 
 def count_tokens_video(frames: int, media: MediaConfig, vision: VisionConfig) -> int:
-    """Tokens `pool_frames` and `pack_video` make of a video of `frames` frames."""
+    """Tokens `pool_frames` and `merge_video` make of a video of `frames` frames."""
     features = torch.empty(frames, vision.tokens, 1, device="meta")
-    return len(pack_video(pool_frames(features, media, vision.grid), media, features[0, 0]))
+    return len(merge_video(pool_frames(features, media, vision.grid), media, features[0, 0]))
 
 
 def _maps(features: Tensor, grid: int) -> Tensor:
