@@ -265,11 +265,29 @@ def test_usage_errors(cli: Cli, args: list[str], named: str) -> None:
     assert any(n in err for n in named.split("|"))
 
 
+def test_public_names_load_on_first_use() -> None:
+    """In a fresh process: the package itself is quick, and every way to name a thing of it works."""
+    code = """if True:
+        import sys
+        import zipvl
+        assert zipvl.__version__ and {*zipvl.__all__} <= {*dir(zipvl)}
+        assert not {"torch", "numpy"} & {*sys.modules}
+        assert not hasattr(zipvl, "no_such_name")
+        from zipvl import Policy
+        assert zipvl.Policy is Policy is zipvl.policy.Policy
+        assert issubclass(zipvl.UsageError, zipvl.ZipvlError)
+        assert "torch" in sys.modules and callable(zipvl.load)
+        from zipvl import *
+        assert load_policy("dense") and Engine.prepare
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
 def test_usage_errors_need_no_torch() -> None:
     code = (
         "import sys; sys.argv[0] = 'x'; import generate\n"
         "try: generate.main(sys.argv[1:])\n"
-        "except SystemExit as e: print(e.code, sorted({'torch', 'numpy', 'zipvl'} & {*sys.modules}))"
+        "except SystemExit as e: print(e.code, sorted({'torch', 'numpy'} & {*sys.modules}))"
     )
     for args, status in ((["--help"], 0), (["-p", "x", "--probe", "3"], 2)):
         done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True,

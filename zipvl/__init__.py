@@ -1,14 +1,40 @@
-"""zipvl: the reference engine of ZipVL (arXiv 2410.08584) for LLaVA-family models."""
+"""zipvl: the reference engine of ZipVL (arXiv 2410.08584) for LLaVA-family models.
 
-from .engine.engine import Engine, Piece
-from .engine.inputs import Inputs
-from .engine.load import demo_clip, load
-from .engine.run import Result
-from .errors import MediaError, ModelError, OutOfMemory, UsageError, ZipvlError
-from .policy import Plan, Policy, View, load_policy
+The public names load on first use: the engine imports torch, which takes seconds, and neither
+`zipvl --help` nor a mistyped option should wait for it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
     "Engine", "Inputs", "MediaError", "ModelError", "OutOfMemory", "Piece", "Plan", "Policy",
     "Result", "UsageError", "View", "ZipvlError", "demo_clip", "load", "load_policy",
 ]  # fmt: skip
+
+if TYPE_CHECKING:  # what type checkers and editors read
+    from .engine.engine import Engine, Piece
+    from .engine.inputs import Inputs
+    from .engine.load import demo_clip, load
+    from .engine.run import Result
+    from .errors import MediaError, ModelError, OutOfMemory, UsageError, ZipvlError
+    from .policy import Plan, Policy, View, load_policy
+else:  # what Python does: PEP 562
+    _HOMES = {
+        "engine.engine": ("Engine", "Piece"),
+        "engine.inputs": ("Inputs",),
+        "engine.load": ("demo_clip", "load"),
+        "engine.run": ("Result",),
+        "errors": ("MediaError", "ModelError", "OutOfMemory", "UsageError", "ZipvlError"),
+        "policy": ("Plan", "Policy", "View", "load_policy"),
+    }
+
+    def __getattr__(name: str) -> object:
+        for home, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(f".{home}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
