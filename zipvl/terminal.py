@@ -2,17 +2,14 @@
 
 import argparse
 import json
-import platform
 import sys
-
-import torch
 
 from .engine.engine import Engine
 from .engine.inputs import ImageSource, Inputs, Message, VideoSource
 from .engine.run import Result
 from .errors import ZipvlError
 from .policy import Policy
-from .summary import summary
+from .report import as_json, headline, summary
 
 HELP = (
     "/image FILE and /video FILE add media; /clear forgets the talk; "
@@ -75,13 +72,11 @@ class Session:
 
     def ask(self, prompt: str) -> int:
         """One question; returns the exit code."""
-        inputs = self.prepare(prompt)
+        a, inputs = self.args, self.prepare(prompt)
         text, tokens, result = self.answer(inputs)
-        if self.args.json:
-            print(
-                json.dumps(as_json(self.engine, self.args, inputs, text, tokens, result)),
-                flush=True,
-            )
+        if a.json:
+            run = as_json(self.engine, inputs, text, tokens, result, a.model, a.seed)
+            print(json.dumps(run), flush=True)
         if result and self.args.stats:
             say(summary(result.stats))
         return 0 if result else 130
@@ -146,41 +141,3 @@ def read_line() -> str:
     if not line:
         raise EOFError
     return line.strip()
-
-
-def headline(engine: Engine, policy: Policy, inputs: Inputs) -> str:
-    """One line: the effective configuration."""
-    config, dtype = engine.config, str(engine.model.dtype).removeprefix("torch.")
-    clips = [m.clip for m in inputs.media if m.clip]
-    spans = [f"{len(c.indices)} frames, {c.times[0]:.1f} to {c.times[-1]:.1f} s" for c in clips]
-    tokens = f"{len(inputs)} tokens, {int(inputs.is_visual.sum())} visual"
-    machine = f"{dtype} on {engine.model.device}, {engine.backend}"
-    model = f"{config.family} ({config.layout} layout), {machine}"
-    return "; ".join([model, *spans, tokens, repr(policy)])
-
-
-def as_json(engine: Engine, args: argparse.Namespace, inputs: Inputs, text: str, tokens: list[int],
-            result: Result | None) -> dict:  # fmt: skip
-    """The run as plain JSON; `stats` is null when Ctrl-C ended it."""
-    return {
-        "text": text,
-        "finish_reason": result.finish_reason if result else "interrupted",
-        "tokens": tokens,
-        "usage": {
-            "prompt_tokens": len(inputs),
-            "visual_tokens": int(inputs.is_visual.sum()),
-            "completion_tokens": len(tokens),
-            "total_tokens": len(inputs) + len(tokens),
-        },
-        "stats": result.stats.to_dict() if result else None,
-        "warnings": inputs.warnings,
-        "env": {
-            "model": args.model or "demo",
-            "device": str(engine.model.device),
-            "dtype": str(engine.model.dtype).removeprefix("torch."),
-            "attention": engine.backend,
-            "seed": args.seed,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }

@@ -1,0 +1,125 @@
+"""A run as text and as JSON: its setting, its stages and layers, hints where the method does not pay.
+
+It reads what a run left and imports nothing heavy itself, as the command line imports it.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+    from .engine.inputs import Inputs
+    from .engine.run import Result
+    from .engine.stats import Stats
+    from .policy import Policy
+
+
+def headline(engine: Engine, policy: Policy, inputs: Inputs) -> str:
+    """One line: the effective configuration."""
+    config, dtype = engine.config, str(engine.model.dtype).removeprefix("torch.")
+    clips = [m.clip for m in inputs.media if m.clip]
+    spans = [f"{len(c.indices)} frames, {c.times[0]:.1f} to {c.times[-1]:.1f} s" for c in clips]
+    tokens = f"{len(inputs)} tokens, {int(inputs.is_visual.sum())} visual"
+    machine = f"{dtype} on {engine.model.device}, {engine.backend}"
+    model = f"{config.family} ({config.layout} layout), {machine}"
+    return "; ".join([model, *spans, tokens, repr(policy)])
+
+
+def summary(stats: Stats) -> str:
+    """Seconds by stage, rates, and a bar per layer."""
+    s, n, mib = stats.seconds, stats.prompt_tokens, 2**20
+    parts = [
+        f"{name.removeprefix('prefill_')} {value:.3f} s"
+        for name, value in s.items()
+        if name.startswith("prefill_")
+    ]
+    lines = [
+        f"video    {s['video']:8.3f} s   {len(stats.frames)} frames read",
+        f"vision   {s['vision']:8.3f} s   {stats.visual_tokens} visual tokens",
+        f"prefill  {s['prefill']:8.3f} s   {n} tokens, {stats.prefill_rate:.0f}/s",
+        f"decode   {s['decode']:8.3f} s   {stats.new_tokens} tokens, {stats.decode_rate:.1f}/s",
+        f"kept     {stats.ratio:8.1%}     attention work {stats.attention_work:.1%} of dense",
+        f"cache    {stats.kv_bytes / mib:8.2f} MiB  {stats.kv_bytes_dense / mib:.2f} MiB if dense",
+        f"memory   {stats.peak_memory / mib:8.0f} MiB  peak",
+        f"in prefill: {', '.join(parts)}",
+        "layer  kept            tokens     cache KiB",
+    ]
+    for i, layer in enumerate(stats.layers):
+        bar = "█" * round(10 * layer["ratio"])
+        lines.append(
+            f"{i:5}  {bar:<10} {layer['ratio']:4.0%}  {layer['attended']:>6}/{layer['tokens']:<6}"
+            f" {layer['kv_bytes'] / 1024:8.1f}"
+        )
+    return "\n".join([*lines, *hints(stats)])
+
+
+def hints(stats: Stats) -> list[str]:
+    """The failure signs that the paper names, where this run shows them."""
+    if stats.method == "Dense()":
+        return []
+    found, seconds = [], stats.seconds
+    if stats.ratio > 0.9:
+        found.append(
+            f"hint: {stats.ratio:.0%} of the tokens took part in attention: the task needs its "
+            "tokens, the prompt is mostly text (always kept), or tau is high"
+        )
+    attend = seconds.get("prefill_attend", 0.0)
+    saved = attend / max(stats.attention_work, 1e-9) - attend
+    cost = seconds.get("prefill_probe", 0.0) + seconds.get("prefill_select", 0.0)
+    if cost > saved:
+        found.append(
+            f"hint: choosing tokens took {cost:.3f} s and saved about {saved:.3f} s of attention: "
+            "prompts of this length are faster with --dense"
+        )
+    used = sum(layer["cached"] for layer in stats.layers)
+    prompt = stats.prompt_tokens * len(stats.layers)
+    if used > 0.9 * prompt:
+        found.append(
+            "hint: the cache holds over 90 % of the prompt: the method drops little from it"
+        )
+    elif stats.kv_bytes > 0.9 * stats.kv_bytes_dense:
+        found.append(
+            "hint: most of the cache is room for new tokens: a smaller --max-new-tokens shrinks it"
+        )
+    return found
+
+
+def as_json(
+    engine: Engine,
+    inputs: Inputs,
+    text: str,
+    tokens: list[int],
+    result: Result | None,
+    model: str | None,
+    seed: int,
+) -> dict:
+    """The run as plain JSON; `stats` is null when Ctrl-C ended it.
+
+    `model` is the name it was asked for (None: the demo), `seed` that of the sampling.
+    """
+    import torch
+
+    return {
+        "text": text,
+        "finish_reason": result.finish_reason if result else "interrupted",
+        "tokens": tokens,
+        "usage": {
+            "prompt_tokens": len(inputs),
+            "visual_tokens": int(inputs.is_visual.sum()),
+            "completion_tokens": len(tokens),
+            "total_tokens": len(inputs) + len(tokens),
+        },
+        "stats": result.stats.to_dict() if result else None,
+        "warnings": inputs.warnings,
+        "env": {
+            "model": model or "demo",
+            "device": str(engine.model.device),
+            "dtype": str(engine.model.dtype).removeprefix("torch."),
+            "attention": engine.backend,
+            "seed": seed,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
