@@ -128,7 +128,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Everything after parsing; imports torch late, so that --help and usage errors are quick."""
     import zipvl
-    from zipvl import terminal
+    from zipvl import cli
     from zipvl.vision.image import open_image
     from zipvl.vision.local_file import local_file
 
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.model is None and not args.video and not args.image:
         args.video = [str(zipvl.demo_clip())]
-    session = terminal.Session(engine, policy, args)
+    session = cli.Session(engine, policy, args)
     if args.prompt is None:
         return session.chat()
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt

@@ -1,4 +1,4 @@
-"""A run as text and as JSON: its setting, its stages and layers, hints where the method does not pay.
+"""A run as text and as JSON: setting, stages, layers, and hints where the method does not pay.
 
 It reads what a run left and imports nothing heavy itself, as the command line imports it.
 """
