@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 
 import zipvl
+from zipvl import cli as zipvl_cli
 from zipvl.engine import load as engine_load
 from zipvl.engine import watch as engine_watch
 from zipvl.model.decoder import Decoder
@@ -227,13 +229,56 @@ def test_the_demo_is_the_default(cli: Cli) -> None:
     assert "frames," not in err
 
 
-def test_help_fits_a_screen(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = generate.build_parser().format_help()
+    text = zipvl_cli.build_parser().format_help()
     assert text.count("\n") < 60
     assert max(map(len, text.splitlines())) <= 80
-    for option in generate.build_parser()._actions:
+    for option in zipvl_cli.build_parser()._actions:
         assert option.help, f"{option.option_strings} has no help"
+
+
+# --- three doors ------------------------------------------------------------------------------
+
+
+def test_three_doors_are_one_program(generate: ModuleType) -> None:
+    """generate.py, the console script and `python -m zipvl` call the same function."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["zipvl"].partition(":")
+    door = importlib.import_module("zipvl.__main__")
+    assert list(scripts) == ["zipvl"]
+    assert generate.main is door.main is getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    ("called", "shown"),
+    [
+        ("somewhere/generate.py", "generate.py"),
+        ("bin/zipvl", "zipvl"),
+        ("site-packages/zipvl/__main__.py", "python -m zipvl"),
+    ],
+)
+def test_usage_names_the_door(cli: Cli, called: str, shown: str) -> None:
+    cli.patch.setattr(sys, "argv", [called])
+    code, out, err = cli("-p", model=None)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"usage: {shown} [-m MODEL]")
+    assert f"\n{shown}: error: " in err
+    assert f"{shown} -v clip.mp4" in " ".join(cli("--help", model=None)[1].split())
+
+
+def test_python_m_zipvl_answers(cli: Cli, files: Path) -> None:
+    """A real process through the other door: the same bytes and code."""
+    code, out, _ = cli("-p", "What?", "--max-new-tokens", "3", "-q")
+    command = [sys.executable, "-m", "zipvl", "-m", str(files / "model"), "-p", "What?", "-q"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=100,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (code, out, b"")
 
 
 # --- exit codes -------------------------------------------------------------------------------
@@ -285,14 +330,21 @@ def test_public_names_load_on_first_use() -> None:
 
 def test_usage_errors_need_no_torch() -> None:
     code = (
-        "import sys; sys.argv[0] = 'x'; import generate\n"
-        "try: generate.main(sys.argv[1:])\n"
-        "except SystemExit as e: print(e.code, sorted({'torch', 'numpy'} & {*sys.modules}))"
+        "import runpy, sys\n"
+        "try: {}\n"
+        "except SystemExit as e: print(e.code, sorted({{'torch', 'numpy'}} & {{*sys.modules}}))"
     )
-    for args, status in ((["--help"], 0), (["-p", "x", "--probe", "3"], 2)):
-        done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True,
-                              text=True, timeout=60)  # fmt: skip
-        assert done.stdout.splitlines()[-1] == f"{status} []"
+    for door in ("run_path('generate.py', run_name='__main__')",
+                 "run_module('zipvl', run_name='__main__')"):  # fmt: skip
+        for args, status in ((["--help"], 0), (["-p", "x", "--probe", "3"], 2)):
+            done = subprocess.run(
+                [sys.executable, "-c", code.format(f"runpy.{door}"), *args],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.stdout.splitlines()[-1] == f"{status} []", done.stderr
 
 
 @pytest.mark.parametrize(

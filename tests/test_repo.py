@@ -283,7 +283,7 @@ def commands(text: str) -> list[list[str]]:
 def test_commands_use_options_that_exist(page: Path) -> None:
     sys.path.insert(0, str(ROOT))
     try:
-        from generate import build_parser
+        from zipvl.cli import build_parser
     finally:
         sys.path.pop(0)
     text = page.read_text(encoding="utf-8")

@@ -1,30 +1,186 @@
-"""What the command line prints: answers and JSON on stdout, everything else on stderr."""
+"""The command: `zipvl`, `python -m zipvl` and generate.py are this program.
+
+Answers and JSON go to stdout and nothing else does; progress, statistics and errors go to stderr.
+Exit codes: 0, 1 input or model error, 2 usage, 3 out of memory, 130 Ctrl-C.
+
+Nothing here imports torch before the command line is known to make sense, so that --help and usage
+errors are quick: types are imported for checkers only, and `zipvl` loads its names on first use.
+"""
+
+from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .engine.engine import Engine
-from .engine.inputs import ImageSource, Inputs, Message, VideoSource
-from .engine.run import Result
-from .errors import ZipvlError
-from .policy import Policy
+import zipvl
+
 from .report import as_json, headline, summary
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+    from .engine.inputs import ImageSource, Inputs, Message, VideoSource
+    from .engine.run import Result
+    from .policy import Policy
 
 HELP = (
     "/image FILE and /video FILE add media; /clear forgets the talk; "
     "/stats shows the last answer's statistics; /quit leaves"
 )
 
+# Every option: its names and what its value is called; the value's type (list: may be repeated,
+# bool: a switch without a value); default; help.
+OPTIONS: dict[str, list[tuple[str, type, Any, str]]] = {
+    "what to ask": [
+        ("-m --model MODEL", str, None, "checkpoint folder or hub id (default: bundled demo)"),
+        ("-v --video FILE", list, None, "a video; may be repeated"),
+        ("-i --image FILE", list, None, "a picture; may be repeated"),
+        ("-p --prompt TEXT", str, None, "the question; '-' reads stdin; none on a terminal: chat"),
+        ("--system TEXT", str, None, "system prompt"),
+        ("--template NAME", str, None, "prompt template: a built-in name or a .jinja file"),
+    ],
+    "frames of a video": [
+        ("-n --frames FRAMES", int, 32, "how many, uniformly spread (default 32)"),
+        ("--fps FPS", float, None, "frames a second instead; --frames is then the most"),
+        ("--start S", float, None, "from this second"),
+        ("--end S", float, None, "up to this second"),
+    ],
+    "the answer": [
+        ("--max-new-tokens N", int, 256, "at most so many (default 256)"),
+        ("--temperature T", float, 0.0, "0: the likeliest token (default)"),
+        ("--top-p P", float, 1.0, "likeliest tokens of total mass P (default 1)"),
+        ("--top-k K", int, 0, "the K likeliest tokens; 0: all (default)"),
+        ("--seed SEED", int, 0, "of the sampling (default 0)"),
+    ],
+    "which tokens to keep": [
+        (
+            "--method NAME",
+            str,
+            None,
+            "zipvl (default), dense, ... or my_file.py:Class; NAME:option=value",
+        ),
+        ("--dense", bool, None, "same as --method dense"),
+        ("--tau TAU", float, None, "share of attention mass a layer keeps (zipvl; default 0.975)"),
+        ("--keep-ratio R", float, None, "share of tokens kept (methods with a ratio)"),
+        ("--probe R+R", str, None, "probe rows, recent+random (zipvl; default 64+64)"),
+        ("--kv-bits B", str, None, "cache bits: 4; or 4,2 to keep all, the others at 2 (zipvl)"),
+    ],
+    "the machine": [
+        ("--device DEVICE", str, "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
+        (
+            "--dtype DTYPE",
+            str,
+            "auto",
+            "bfloat16, float32, float16 (default: bfloat16 on CUDA and AMX CPUs, else float32)",
+        ),
+        ("--attn ATTN", str, "auto", "auto, sdpa, torch-flash, flash-attn (default auto)"),
+        ("--weights KIND", str, "full", "int8, int4: decode faster on a CPU"),
+        ("--compile", bool, None, "torch.compile for prefill; on CUDA graph decoding"),
+    ],
+    "what to print": [
+        ("--stats", bool, None, "seconds by stage and kept tokens by layer, on stderr"),
+        ("--json", bool, None, "one JSON object on stdout instead of text"),
+        ("-q --quiet", bool, None, "nothing on stderr but errors"),
+        ("--verbose", bool, None, "a traceback with every error"),
+    ],
+}
 
-def say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
+
+def build_parser() -> argparse.ArgumentParser:
+    called = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        prog="python -m zipvl" if called == "__main__.py" else called,
+        usage="%(prog)s [-m MODEL] [-v FILE] [-i FILE] [-p TEXT] [options]",
+        description="Ask a LLaVA-family model about pictures and videos: "
+        '%(prog)s -v clip.mp4 -p "What happens?"',
+        allow_abbrev=False,
+    )
+    for title, rows in OPTIONS.items():
+        add = parser.add_argument_group(title).add_argument
+        for names, kind, default, text in rows:
+            *flags, value = names.split()
+            if kind is bool:
+                add(*flags, value, action="store_true", help=text)
+            elif kind is list:
+                add(*flags, metavar=value, action="append", default=[], help=text)
+            else:
+                add(*flags, metavar=value, type=kind, default=default, help=text)
+    return parser
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Faults of the command line that need no model to be seen."""
+    choices = (args.method, args.tau, args.keep_ratio, args.probe, args.kv_bits)
+    if args.dense and any(choice is not None for choice in choices):
+        parser.error(
+            "--dense keeps every token in full precision: leave out --method, --tau, --keep-ratio, "
+            "--probe and --kv-bits"
+        )
+    interactive = sys.stdin and sys.stdin.isatty()
+    if (args.prompt is None and not interactive) or (args.prompt == "-" and not sys.stdin):
+        parser.error("no prompt: give -p TEXT, or -p - to read it from standard input")
+    if args.prompt is None and args.json:
+        parser.error("--json prints one answer and a chat has many: give -p TEXT")
+    if args.kv_bits is not None and args.kv_bits.isdecimal():
+        args.kv_bits = int(args.kv_bits)
+    if args.probe is not None:
+        recent, plus, random = args.probe.partition("+")
+        if not (plus and recent.isdecimal() and random.isdecimal()):
+            parser.error(f"--probe {args.probe}: write recent+random, for example 64+64")
+        args.probe = {"recent": int(recent), "random": int(random)}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Everything after parsing. Returns the exit code."""
+    from .vision.image import open_image
+    from .vision.local_file import local_file
+
+    a, probe = args, args.probe or {}
+    for path in a.video:
+        local_file(path)  # a mistyped name is told before a large model is loaded
+    for path in a.image:
+        open_image(path)
+    method = "dense" if a.dense else a.method or "zipvl"
+    policy = zipvl.load_policy(method, tau=a.tau, ratio=a.keep_ratio, kv_bits=a.kv_bits, **probe)
+    show = sys.stderr.isatty() and not a.quiet
+    engine = zipvl.load(a.model, a.device, a.dtype, a.attn, a.template, show, a.weights, a.compile)
+    if a.model is None and not a.video and not a.image:
+        a.video = [str(zipvl.demo_clip())]
+    session = Session(engine, policy, a)
+    if a.prompt is None:
+        return session.chat()
+    return session.ask(sys.stdin.read().strip() if a.prompt == "-" else a.prompt)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program with arguments `argv` (None: of this process). Returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check(args, parser)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our stdout has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as e:
+        if args.verbose:
+            raise
+        code: int = getattr(e, "code", 0)  # a ZipvlError's; its import may be what failed
+        known = code in (1, 2, 3)
+        what = str(e) if known else f"{type(e).__name__}: {e} (--verbose shows where)"
+        print(f"error: {what}", file=sys.stderr)
+        return code if known else 1
 
 
 class Session:
     """One engine, its media and options, asked once or in a chat."""
 
-    def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace):
+    def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace) -> None:
         self.engine, self.policy, self.args = engine, policy, args
         # A video is read once. Pictures are read again when one is added, as some models cut a
         # lone picture differently; else they are taken from the last prompt.
@@ -37,6 +193,7 @@ class Session:
             sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
     def prepare(self, prompt: str | list[Message]) -> Inputs:
+        """`prompt` with the session's media, each read once; says what will run."""
         args, images = self.args, self.images
         if self.known:
             images = [m for m in self.known.media if m.kind == "image"]
@@ -110,7 +267,7 @@ class Session:
                 asked = [*talk, {"role": "user", "content": line}]
                 try:
                     text, _, result = self.answer(self.prepare(asked))
-                except ZipvlError as e:
+                except zipvl.ZipvlError as e:
                     say(f"error: {e}")
                     continue
                 last = result or last
@@ -124,7 +281,7 @@ class Session:
         self.known = None
         try:
             self.prepare("")
-        except ZipvlError as e:
+        except zipvl.ZipvlError as e:
             say(f"error: {e}")
             media.pop()
             self.known = known
@@ -141,3 +298,7 @@ def read_line() -> str:
     if not line:
         raise EOFError
     return line.strip()
+
+
+def say(text: str = "") -> None:
+    print(text, file=sys.stderr, flush=True)
