@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zipvl import Plan, Policy, UsageError, View, load_policy
-from zipvl.engine.stats import Clock
-from zipvl.model import kernels, scores
-from zipvl.model.decoder import chunked
-from zipvl.model.kernels import BACKENDS, Spans, attend_kept, attend_row, attend_sdpa
-from zipvl.model.pack import Pack
-from zipvl.model.scores import count_seen, probe_mass
+from zipvl import Plan, Policy, StepView, UsageError, View, load_policy
+from zipvl.engine.stats import Recorder
+from zipvl.model import attention, kernels
+from zipvl.model.attention import attend_step, probe_mass
+from zipvl.model.batch import Batch, Spans
+from zipvl.model.cache import store_as
+from zipvl.model.decoder import Prefilled, chunked
+from zipvl.model.kernels import BACKENDS, attend_kept, attend_sdpa
+from zipvl.policy import Notes
 from zipvl.testing.oracle import Oracle
 from zipvl.testing.toy import Toy
 
@@ -97,14 +99,38 @@ def test_equal_lengths_take_one_call_and_agree(rows: int, room: int, shrunk: boo
         torch.testing.assert_close(got[a].double(), want, rtol=1e-5, atol=1e-5)
 
 
+def step_view(q: Tensor, k: Tensor, v: Tensor) -> StepView:
+    """q [H, D], k and v [n, G, D] as the layer hands them to step()."""
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
+    return StepView(0, 1, q, k, v, torch.arange(k.shape[1]).expand(len(k), -1), 0, Notes(1))
+
+
 def test_one_row_gives_its_probabilities() -> None:
     q, k, v = torch.randn(6, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
-    out, probs = attend_row(q, k, v)
+    view = step_view(q, k, v)
+    assert not view.mass_known
+    out, mass = attend_step(view, None), view.mass()
+    assert view.mass_known
     torch.testing.assert_close(out.double(), reference(q[None], k, v, lower_right(1, 40))[0])
-    assert probs.shape == (2, 3, 40)
+    assert mass.shape == (6, 40)
+    probs = mass.unflatten(0, (2, 3))
+    torch.testing.assert_close(view.by_group(mass), probs.mean(1))
     want = torch.einsum("ghn,ngd->ghd", probs, v).flatten(0, 1)
     torch.testing.assert_close(out, want)
-    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(mass.sum(-1), torch.ones(6))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_step_may_read_some_slots_only(heads: bool) -> None:
+    q, k, v = torch.randn(6, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
+    slots = torch.stack([torch.randperm(40)[:7].sort().values for _ in range(2)])
+    if not heads:
+        slots = slots[0]
+    got = attend_step(step_view(q, k, v), slots)
+    for group, mine in enumerate(slots if heads else (slots, slots)):
+        some = k[mine, group, None], v[mine, group, None]
+        want = reference(q[None, 3 * group : 3 * group + 3], *some, lower_right(1, 7))[0]
+        torch.testing.assert_close(got[3 * group : 3 * group + 3].double(), want)
 
 
 @pytest.mark.parametrize("block", [1, 7, 512])
@@ -142,12 +168,13 @@ def test_probe_mass_is_the_full_softmax_of_its_rows(T: int, P: int, seed: int, G
     want = full[:, rows].sum(1)
     for block in (1, 3, len(rows), 1000):  # divides P, does not, all, more than all
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scores, "SCORE_BYTES", block * 4 * (4 // G) * T)
+            patch.setattr(attention, "SCORE_BYTES", block * 4 * (4 // G) * T)
             got = probe_mass(q[rows], k, rows)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     assert torch.allclose(got.sum(1), torch.tensor(float(len(rows))))
-    assert count_seen(rows, T).tolist() == [sum(r >= j for r in rows.tolist()) for j in range(T)]
+    view = View(0, 1, k.transpose(0, 1), torch.arange(T), torch.ones(T) > 0, Notes(T), *[None] * 3)
+    assert view.seen(rows).tolist() == [sum(r >= j for r in rows.tolist()) for j in range(T)]
 
 
 def test_probe_mass_does_not_round_its_logits() -> None:
@@ -176,7 +203,18 @@ def layer_inputs(toy: Toy, lengths: list[int], dtype: torch.dtype = torch.float3
     config = toy.decoder.config
     x = torch.randn(sum(lengths), config.hidden_size, dtype=dtype)
     at = torch.cat([torch.arange(n) for n in lengths])
-    return x, Pack.build(lengths, at, at % 3 > 0, config, dtype)
+    return x, Batch.build(lengths, at, at % 3 > 0, config, dtype)
+
+
+def prefill(
+    layer: torch.nn.Module, x: Tensor, batch: Batch, policy: Policy, room: int | None
+) -> tuple:
+    """One layer: its output, its cache, and what it did."""
+    watch = Recorder(x.device)
+    store = None if room is None else store_as(policy.storage, room)
+    out, plans, cache = layer.prefill(x, batch, policy, attend_sdpa, store, watch.lap)
+    watch.layer(batch.spans.lengths, plans)
+    return out, cache, watch.counted(Prefilled(out, batch, [cache] if cache else [])).layers[0]
 
 
 def plain(layer: torch.nn.Module, x: Tensor, plan: Plan) -> Tensor:
@@ -216,9 +254,7 @@ def test_sparse_prefill_is_dense_attention_under_the_kept_mask(H: int, G: int, f
     layer = toy.decoder.layers[1].self_attn
     with torch.no_grad():
         for room in (None, 3):
-            out, _, cache, stats = layer.prefill(
-                x, pack, Fixed(plans), attend_sdpa, room, Clock(x.device)
-            )
+            out, cache, stats = prefill(layer, x, pack, Fixed(plans), room)
             for at, n in zip(pack.spans.slices(), lengths, strict=True):
                 want = plain(layer, x[at], plans[n])
                 torch.testing.assert_close(out[at].double(), want, rtol=1e-4, atol=1e-5)
@@ -238,17 +274,19 @@ def test_mixed_fills_in_one_batch() -> None:
     x, pack = layer_inputs(toy, lengths)
     layer = toy.decoder.layers[0].self_attn
     with torch.no_grad():
-        out = layer.prefill(x, pack, Fixed(plans), attend_sdpa, None, Clock(x.device))[0]
+        out = prefill(layer, x, pack, Fixed(plans), None)[0]
     for at, n in zip(pack.spans.slices(), lengths, strict=True):
         want = plain(layer, x[at], plans[n])
         torch.testing.assert_close(out[at].double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_work_only_where_it_counts() -> None:
-    """q, v and o are computed for the rows somebody reads, and nothing else."""
+    """q and o are computed for the rows somebody reads; v for these, or for all rows where a cache
+    holds others."""
     toy, lengths = Toy.build(4, 2), [30, 50]
+    four = torch.arange(4)
     plans = {
-        30: Plan(attend=torch.arange(4), cache=torch.arange(4)),
+        30: Plan(attend=four, cache=four),
         50: Plan(attend=torch.arange(9), cache=torch.arange(20, 26)),
     }
     layer, rows = toy.decoder.layers[0].self_attn, {}
@@ -258,8 +296,11 @@ def test_work_only_where_it_counts() -> None:
         )
     x, pack = layer_inputs(toy, lengths)
     with torch.no_grad():
-        layer.prefill(x, pack, Fixed(plans), attend_sdpa, 1, Clock(x.device))
-    assert rows == {"q_proj": 4 + 9, "k_proj": 80, "v_proj": 4 + 9 + 6, "o_proj": 4 + 9}
+        prefill(layer, x, pack, Fixed(plans), 1)
+        assert rows == {"q_proj": 4 + 9, "k_proj": 80, "v_proj": 80, "o_proj": 4 + 9}
+        kept = torch.arange(9)
+        prefill(layer, x, pack, Fixed(plans | {50: Plan(attend=kept, cache=kept)}), 1)
+    assert rows == {"q_proj": 4 + 9, "k_proj": 80, "v_proj": 4 + 9, "o_proj": 4 + 9}
 
 
 def test_a_method_that_reads_q_and_v_gets_all_of_them() -> None:
@@ -273,7 +314,7 @@ def test_a_method_that_reads_q_and_v_gets_all_of_them() -> None:
     x, pack = layer_inputs(toy, [12, 7])
     layer = toy.decoder.layers[2].self_attn
     with torch.no_grad():
-        layer.prefill(x, pack, Reads(), attend_sdpa, None, Clock(x.device))
+        prefill(layer, x, pack, Reads(), None)
         for at, (q, k, v, n) in zip(pack.spans.slices(), seen, strict=True):
             o = reference(*(t.transpose(0, 1) for t in (q, k, v)), lower_right(n, n))
             want = plain(layer, x[at], Plan())
@@ -320,12 +361,14 @@ def test_chunks_of_mlp_and_norms_change_nothing(T: int, chunk: int, seed: int) -
 def test_chunks_change_nothing_in_a_whole_prefill() -> None:
     toy = Toy.build(4, 2)
     x, pack = layer_inputs(toy, [70, 33])
-    policy = load_policy("zipvl:tau=0.8,always=last")
+    policy, runs = load_policy("zipvl:tau=0.8,always=last"), []
     with torch.no_grad():
-        whole, parts = (
-            toy.decoder.prefill(x, replace(pack, state=[{}, {}]), policy, attend_sdpa, 2, chunk=c)
-            for c in (None, 13)
-        )
+        for chunk in (None, 13):
+            watch = Recorder(x.device)
+            fresh = replace(pack, notes=[Notes(70), Notes(33)])
+            out = toy.decoder.prefill(x, fresh, policy, attend_sdpa, 2, chunk, watch)
+            runs.append(watch.counted(out))
+    whole, parts = runs
     torch.testing.assert_close(whole.hidden, parts.hidden, rtol=1e-5, atol=1e-5)
     assert [s.attended for s in whole.layers] == [s.attended for s in parts.layers]
 
@@ -355,7 +398,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without SCORE_BYTES in the way, twice the tokens make no tensor more than twice as large."""
-    monkeypatch.setattr(scores, "SCORE_BYTES", 1 << 18)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1 << 18)
     toy, most = Toy.build(4, 2, layers=2), []
     for T in (1024, 2048):
         x, pack = layer_inputs(toy, [T])

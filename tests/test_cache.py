@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zipvl
-from zipvl import Plan, Policy, View, load_policy
+from zipvl import Plan, Policy, StepView, View, load_policy
 from zipvl.config import TextConfig
-from zipvl.engine.cache import LayerCache, select
+from zipvl.model.batch import Batch
+from zipvl.model.cache import Kept, LayerCache, select
 from zipvl.model.decoder import Decoder
 from zipvl.model.kernels import BACKENDS, attend_sdpa
-from zipvl.model.pack import Pack
 from zipvl.policies.h2o import H2O
 from zipvl.policies.streaming import StreamingLLM
+from zipvl.policy import Notes
 from zipvl.testing.oracle import Oracle
 from zipvl.testing.toy import Toy
 
@@ -28,9 +29,7 @@ G, D = 2, 3
 def build(lengths: list[int], room: int, dtype: torch.dtype = torch.float32) -> LayerCache:
     """Slot i of sequence b holds the number 100 b + i (+ 10000 in values, + 1000 in head 1)."""
     k = [numbers(b, torch.arange(n)).to(dtype) for b, n in enumerate(lengths)]
-    return LayerCache(
-        k, [t + 10000 for t in k], [torch.arange(n) for n in lengths], room, [{} for _ in lengths]
-    )
+    return LayerCache([Kept(t, t + 10000, torch.arange(len(t))) for t in k], room)
 
 
 def numbers(b: int, at: Tensor) -> Tensor:
@@ -159,13 +158,13 @@ def test_decoding_equals_a_fresh_forward_without_the_dropped_tokens() -> None:
         oracle.prefill(table[prompt[0]], got.seen.plans)
         assert min(counts[0] for counts in got.prefilled) < 70
         for step, token in enumerate(got.tokens[0]):
-            want = oracle.step(table[token][None], 77 + step, [None] * 3)
+            want = oracle.step(table[token][None], 77 + step, [Plan()] * 3)
             torch.testing.assert_close(got.hidden[step + 1].double(), want, rtol=1e-3, atol=1e-3)
         for cache in got.caches:
             assert cache.view(0)[2][-5:, 0].tolist() == [77, 78, 79, 80, 81]
         early = Oracle(toy.decoder)  # and the length of the cache would have been a wrong position
         early.prefill(table[prompt[0]], got.seen.plans)
-        wrong = early.step(table[got.tokens[0][0]][None], got.prefilled[-1][0], [None] * 3)
+        wrong = early.step(table[got.tokens[0][0]][None], got.prefilled[-1][0], [Plan()] * 3)
         assert (wrong - got.hidden[1]).abs().max() > 0.01
 
 
@@ -178,20 +177,20 @@ def test_a_sequence_that_stops_leaves_and_the_others_go_on() -> None:
         lengths = [len(ids) for ids, _ in some]
         x = toy.decoder.embed_tokens(torch.cat([ids for ids, _ in some]))
         at = torch.cat([torch.arange(n) for n in lengths])
-        pack = Pack.build(lengths, at, at > 2, toy.decoder.config, x.dtype)
-        return toy.decoder.prefill(x, pack, policy, attend_sdpa, room=8).caches
+        pack = Batch.build(lengths, at, at > 2, toy.decoder.config, x.dtype)
+        return toy.decoder.prefill(x, pack, policy, attend_sdpa, room=8).caches, pack.notes
 
-    def step(token: int, lengths: list[int], caches: Any) -> Tensor:
+    def step(token: int, lengths: list[int], caches: Any, notes: list[Notes]) -> Tensor:
         x = toy.decoder.embed_tokens(torch.full((len(lengths),), token))
-        return toy.decoder.decode(x, torch.tensor(lengths), caches, policy, attend_sdpa)
+        return toy.decoder.decode(x, torch.tensor(lengths), caches, policy, attend_sdpa, notes)
 
-    together, alone = start(prompts), start(prompts[2:])
+    (together, notes), (alone, one) = start(prompts), start(prompts[2:])
     for token in range(8):
         if token == 3:
-            together = [cache.drop([0, 2]) for cache in together]
+            together, notes = [cache.drop([0, 2]) for cache in together], [notes[0], notes[2]]
         live = [20, 33, 9] if token < 3 else [20, 9]
-        both = step(token, [n + token for n in live], together)
-        single = step(token, [9 + token], alone)
+        both = step(token, [n + token for n in live], together, notes)
+        single = step(token, [9 + token], alone, one)
         torch.testing.assert_close(both[-1], single[0], rtol=1e-4, atol=1e-5)
     assert [c.spans.lengths for c in together] == [[10, 10]] * 3
 
@@ -208,22 +207,28 @@ def test_eviction_bounds_the_slots_used_and_reuses_them() -> None:
 
 
 def test_notes_live_with_the_sequence() -> None:
-    """One dict for all layers and decode steps of a sequence; another sequence, another dict."""
+    """One for all layers and decode steps of a sequence; another sequence, other notes. They know
+    the prompt's length and how many tokens may follow."""
     seen: list[tuple] = []
 
-    class Notes(Policy):
+    class Writes(Policy):
         def plan(self, view: View) -> Plan:
-            view.state.setdefault("of", view.length)
-            seen.append(("plan", view.layer, view.length, view.state["of"]))
+            view.notes.setdefault("of", view.length)
+            assert (view.notes.prompt, view.notes.new) == (view.length, 2)
+            seen.append(("plan", view.layer, view.length, view.notes["of"]))
             return Plan(stream=torch.arange(view.length)) if view.layer == 0 else Plan()
 
-        def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> None:
-            state["steps"] = state.get("steps", 0) + 1
-            seen.append(("evict", layer, slots - 1 - (state["steps"] - 1) // 3, state["of"]))
+        def step(self, view: StepView) -> Plan:
+            notes = view.notes
+            notes["steps"] = notes.get("steps", 0) + 1
+            seen.append(
+                ("step", view.layer, view.length - 1 - (notes["steps"] - 1) // 3, notes["of"])
+            )
+            return Plan()
 
     toy = Toy.build(4, 2)
     for _ in range(2):
-        toy.run(Notes(), [toy.prompt(12), toy.prompt(5)], steps=2)
+        toy.run(Writes(), [toy.prompt(12), toy.prompt(5)], steps=2)
     assert len(seen) == 2 * (3 * 2 + 2 * 3 * 2)
     assert all(length == noted for _, _, length, noted in seen)
 
@@ -245,12 +250,12 @@ class Third(Policy):
         )[view.layer % 3]
 
 
-def gpu_inputs(model: Decoder, lengths: list[int]) -> tuple[Tensor, Pack]:
+def gpu_inputs(model: Decoder, lengths: list[int]) -> tuple[Tensor, Batch]:
     rng = torch.Generator().manual_seed(1)
     dtype = model.norm.weight.dtype
     x = torch.randn(sum(lengths), model.config.hidden_size, generator=rng).to("cuda", dtype)
     at = torch.cat([torch.arange(n) for n in lengths]).cuda()
-    return x, Pack.build(lengths, at, at % 7 > 0, model.config, dtype)
+    return x, Batch.build(lengths, at, at % 7 > 0, model.config, dtype)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -10,16 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 import zipvl
-from zipvl.engine.cache_quant import QuantCache, Scratch
-from zipvl.engine.storage import FULL, Quantised, as_bits, kivi, zipcache
 from zipvl.errors import UsageError
+from zipvl.model.batch import Batch
+from zipvl.model.cache import Kept, LayerCache
+from zipvl.model.cache_quant import KVFormat, QuantCache, as_bits, kivi, zipcache
 from zipvl.model.decoder import Decoder
 from zipvl.model.kernels import attend_sdpa
-from zipvl.model.pack import Pack
-from zipvl.model.tokens import precise_slots
+from zipvl.policies import METHODS, load_policy
 from zipvl.policies.zipcache import ZipCache
-from zipvl.policies.zipvl_quant import ZipVLQuant
-from zipvl.policy import METHODS, Plan, View, load_policy
+from zipvl.policies.zipvl import ZipVLQuant
+from zipvl.policy import Plan, StepView, View
 from zipvl.testing.toy import Toy
 
 FAMILIES = ["llava", "llava_next", "llava_next_mistral", "llava_next_video", "llava_onevision",
@@ -35,14 +35,13 @@ def random_kv(n: int, G: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def build(storage: Quantised, lengths: list[int], precise: list[Tensor | None], room: int,
+def build(storage: KVFormat, lengths: list[int], precise: list[Tensor | None], room: int,
           G: int = 2, D: int = 12) -> tuple[QuantCache, list[tuple[Tensor, Tensor]]]:  # fmt: skip
     """A cache of random prompts, and what they were."""
     kv = [random_kv(n, G, D, seed=n) for n in lengths]
-    cache = storage.build(
-        [k for k, _ in kv], [v for _, v in kv], [torch.arange(n) for n in lengths], precise, room,
-        [{} for _ in lengths], Scratch(),
-    )  # fmt: skip
+    cache = storage.store(room)(
+        [Kept(k, v, torch.arange(len(k)), p) for (k, v), p in zip(kv, precise, strict=True)]
+    )
     assert isinstance(cache, QuantCache)
     return cache, kv
 
@@ -90,15 +89,17 @@ def test_prompt_and_new_tokens_are_quantised_by_blocks_once() -> None:
     cache, [(k, v)] = build(zipcache((4, 2), interval), [n], [precise], room=20)
     later, asked = random_kv(new, 2, 12, seed=99), []
 
-    def choose(b: int, count: int) -> Tensor:
-        asked.append((b, count))
-        return torch.from_numpy(np.sort(chance.permutation(count)[:2]))
-
     picks = []
     for t in range(new):
         cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([n + t]))
-        cache.settle(lambda b, count: picks.append(choose(b, count)) or picks[-1])
-    assert asked == [(0, 5), (0, 5)]
+        plan, count = Plan(), cache.due(0)
+        if count:
+            asked.append((t, count))
+            picks.append(torch.from_numpy(np.sort(chance.permutation(count)[:2])))
+            plan = Plan(precise=picks[-1])
+        cache.apply([plan])
+        assert cache.due(0) == 0
+    assert asked == [(4, 5), (9, 5)]
     for side, (x, more) in enumerate(zip((k, v), later, strict=True)):
         want = []
         rest = np.setdiff1d(np.arange(n), precise.numpy())
@@ -120,7 +121,7 @@ def test_kivi_residuals_are_the_published_ones() -> None:
         later = random_kv(20, 2, D, seed=5)
         for t in range(20):
             cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([n + t]))
-            cache.settle(lambda b, count: pytest.fail("one bit width asks nobody"))
+            cache.apply([Plan(precise=torch.tensor([0]))])  # one bit width asks nobody
             keys, values = (
                 torch.cat(pair)[: n + t + 1].double().numpy()
                 for pair in ((k, later[0]), (v, later[1]))
@@ -144,7 +145,7 @@ def test_what_is_quantised_is_never_quantised_again() -> None:
     before, later = by_position(cache, 0), random_kv(60, 2, 12, seed=1)
     for t in range(60):
         cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([40 + t]))
-        cache.settle(lambda b, count: torch.tensor([0, 2]))
+        cache.apply([Plan(precise=torch.tensor([0, 2])) if cache.due(0) else Plan()])
     for one, other in zip(before, by_position(cache, 0), strict=True):
         torch.testing.assert_close(other[:40], one, rtol=0, atol=0)
 
@@ -162,11 +163,11 @@ def test_sequences_of_a_batch_know_nothing_of_each_other() -> None:
         some = [t * 3 + b for b in range(len(alone))]
         at = torch.tensor([n + t for n in lengths])
         batch.append(later[0][some], later[1][some], at)
-        batch.settle(lambda b, count: torch.tensor([1]))
+        batch.apply([Plan(precise=torch.tensor([1]))] * len(alone))
         for b, cache in enumerate(alone):
             i = some[b]
             cache.append(later[0][i : i + 1], later[1][i : i + 1], at[b : b + 1])
-            cache.settle(lambda b, count: torch.tensor([1]))
+            cache.apply([Plan(precise=torch.tensor([1]))])
     assert batch.spans.lengths == [12, 8]
     for b, cache in enumerate(alone):
         for one, other in zip(batch.view(b), cache.view(0), strict=True):
@@ -189,8 +190,11 @@ def test_one_scratch_buffer_serves_all_layers() -> None:
 
 def test_a_quantised_cache_says_that_it_cannot_evict() -> None:
     cache, _ = build(zipcache((4,), 3), [9], [None], room=2)
-    with pytest.raises(UsageError, match="leave out its kv_bits"):
-        cache.keep(0, torch.arange(3))
+    for evict in (lambda: cache.apply([Plan(cache=torch.arange(3))]),
+                  lambda: cache.trim([torch.arange(3)])):  # fmt: skip
+        with pytest.raises(UsageError, match="leave out its kv_bits"):
+            evict()
+    assert cache.trim([None]) is cache
 
 
 # --- bytes
@@ -224,11 +228,12 @@ def test_storage_bytes_are_the_formula() -> None:
             zipcache((8,), 5),
             kivi(2, 4, 8),
             kivi(4, 32, 64),
-            FULL,
         ):
-            cache = storage.build([k], [k], [torch.arange(n)], [some], room, [{}], Scratch())
+            cache = storage.store(room)([Kept(k, k, torch.arange(n), some)])
             assert cache.nbytes == storage.nbytes(top, n - top, room, G, D, 2)
             assert cache.sequence_bytes() == [cache.nbytes]
+        full = LayerCache([Kept(k, k, torch.arange(n))], room)
+        assert full.nbytes == sum(full.sequence_bytes()) == 2 * (n + room) * G * D * 2
         assert zipcache((4, 2), 5).nbytes(top, n - top, room, G, D, 2) == formula(
             n, top, room, G, D, 5
         )
@@ -261,7 +266,7 @@ def test_compression_at_the_papers_ratio(G: int, D: int) -> None:
     n = 4096
     top = round(0.286 * n)
     storage, x = zipcache((4, 2), 100), torch.randn(n, G, D, dtype=torch.bfloat16)
-    cache = storage.build([x], [x], [torch.arange(n)], [torch.arange(top)], 0, [{}], Scratch())
+    cache = storage.store(0)([Kept(x, x, torch.arange(n), torch.arange(top))])
     dense = 2 * n * G * D * 2
     longer = [2 * m * G * D * 2 / storage.nbytes(round(0.286 * m), m - round(0.286 * m), 0, G, D, 2)
               for m in (4096, 16384, 131072)]  # fmt: skip
@@ -279,13 +284,15 @@ def forced(text: Decoder, x: Tensor, policy: zipvl.Policy, new: Tensor) -> Tenso
     """Hidden states [1 + steps, C] before and after each of the tokens `new` that are put after the
     embeddings x [T, C] of a prompt."""
     n = len(x)
-    pack = Pack.build([n], torch.arange(n), torch.arange(n) > 9, text.config, x.dtype)
+    pack = Batch.build([n], torch.arange(n), torch.arange(n) > 9, text.config, x.dtype)
     out = text.prefill(x, pack, policy, attend_sdpa, room=len(new))
     hidden = [out.hidden[-1:]]
     for step, token in enumerate(new):
         at = torch.tensor([n + step])
         hidden.append(
-            text.decode(text.embed_tokens(token[None]), at, out.caches, policy, attend_sdpa)
+            text.decode(
+                text.embed_tokens(token[None]), at, out.caches, policy, attend_sdpa, pack.notes
+            )
         )
     return torch.cat(hidden)
 
@@ -394,23 +401,22 @@ def test_kept_bytes_of_a_run_are_those_of_its_caches(
 
 
 def test_new_tokens_are_sorted_by_the_newest_query() -> None:
-    """precise() gets the softmax of the newest query, of the tokens of the block only."""
+    """By its softmax over all slots, among the tokens of the block only."""
     toy, seen = Toy.build(4, 2, seed=6), []
 
     class Spy(ZipVLQuant):
-        watch_decode = True
-
-        def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
-            seen.append(layer)
-            torch.testing.assert_close(mass.unflatten(0, (2, -1)).mean(1), state[layer][:, -3:])
-            chosen = super().precise(layer, mass, state)
+        def sort_new(self, view: StepView) -> Plan:
+            plan = super().sort_new(view)
+            if not view.due:
+                assert plan.precise is None
+                return plan
+            seen.append(view.layer)
+            k = view.k.repeat_interleave(2, 0)
+            mass = (view.q[:, None] @ k.mT / 8**0.5)[:, 0].softmax(-1)[:, -3:]
             total, order = mass.mean(0), mass.mean(0).sort(descending=True)
             p = next(i for i in range(1, 4) if order.values[:i].sum() >= 0.7 * total.sum() - 1e-7)
-            assert chosen.tolist() == sorted(order.indices[:p].tolist())
-            return chosen
-
-        def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> None:
-            state[layer] = probs  # [G, slots] of this step
+            assert plan.precise.tolist() == sorted(order.indices[:p].tolist())
+            return plan
 
     toy.run(Spy(tau=0.7, interval=3), [toy.prompt(20)])
     assert seen == [0, 1, 2]
@@ -447,7 +453,8 @@ def test_zipcache_takes_its_share_by_normalised_scores() -> None:
             assert rows == sorted(set(rows))
             assert set(range(190, 200)) <= set(rows)
             assert len(rows) == 20
-            score = [float(view.mass[:, j].mean()) / sum(i >= j for i in rows) for j in range(200)]
+            mass = view.mass(torch.tensor(rows)).mean(0)
+            score = [float(mass[j]) / sum(i >= j for i in rows) for j in range(200)]
             best = sorted(range(200), key=lambda j: -score[j])[:60]
             assert plans[-1].precise.tolist() == sorted(best)
             return plans[-1]
@@ -458,11 +465,16 @@ def test_zipcache_takes_its_share_by_normalised_scores() -> None:
 
 def test_precise_tokens_are_found_among_the_cached_ones() -> None:
     cached, precise = torch.tensor([1, 4, 6, 9]), torch.tensor([4, 9])
-    assert precise_slots(Plan(cache=cached, precise=precise)).tolist() == [1, 3]
-    assert precise_slots(Plan(precise=precise)).tolist() == [4, 9]
-    assert precise_slots(Plan(cache=cached)) is None
+    k, at = torch.randn(12, 2, 4), torch.arange(12)
+
+    def slots(plan: Plan) -> Tensor | None:
+        return Kept.of(plan, k, k, at, False).precise
+
+    assert slots(Plan(cache=cached, precise=precise)).tolist() == [1, 3]
+    assert slots(Plan(precise=precise)).tolist() == [4, 9]
+    assert slots(Plan(cache=cached)) is None
     with pytest.raises(UsageError, match="all heads share"):
-        precise_slots(Plan(cache=cached.expand(2, -1), precise=precise))
+        Plan(cache=cached.expand(2, -1), precise=precise)
 
 
 # --- options

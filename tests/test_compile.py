@@ -21,14 +21,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import zipvl
 from zipvl import UsageError
-from zipvl.engine.engine import Engine
-from zipvl.engine.graph import GraphStep, StaticStep, Step
-from zipvl.model import compiled
+from zipvl.engine.engine import Engine, Step
+from zipvl.engine.speed import GraphStep, StaticStep, attend_masked, compiled
+from zipvl.linear import FEW, SwiGLU
+from zipvl.model.batch import Rotate, Spans
 from zipvl.model.decoder import rms_norm
-from zipvl.model.kernels import BACKENDS, Spans, attend_masked, attend_sdpa
-from zipvl.model.linear import FEW, gated
-from zipvl.model.rope import rotate
-from zipvl.policies.dense import Dense
+from zipvl.model.kernels import BACKENDS, attend_sdpa
+from zipvl.policies import Dense
+
+rotate, gated = Rotate(), SwiGLU()
 
 ROOT = Path(__file__).parent.parent
 SAME = [
@@ -208,8 +209,8 @@ def test_steps_differ_in_no_shape_and_no_number(oracle: Callable) -> None:
         return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
 
     def recordings(kind: type[Step]) -> list[list]:
-        caches = engine.prefill(batch, policy, 30, {}).caches
-        step, found = kind(engine.model, caches, policy, engine.attend), []
+        out = engine.prefill(batch, policy, 30, {})
+        step, found = kind(engine.model, out.caches, out.batch.notes, policy, engine.attend), []
         for n in range(20):
             ids = torch.randint(3, 60, (3,))
             at = torch.tensor([len(i) for i in batch]) + n
@@ -279,7 +280,7 @@ def close(got: Tensor, want: Tensor) -> None:
 @torch.inference_mode()
 def test_one_compiled_function() -> None:
     """The short form of the next test: compiling the first function takes longest."""
-    turn = compiled.compiled(rotate)
+    turn = compiled(rotate)
     for rows in (FEW, FEW + 1, FEW + 300):
         with torch.compiler.set_stance("default" if rows == FEW + 1 else "fail_on_recompile"):
             q, (cos, sin) = torch.randn(rows, 3, 16), torch.randn(2, rows, 1, 8)
@@ -293,7 +294,7 @@ def test_one_compiled_function() -> None:
 @torch.inference_mode()
 def test_compiled_rows_equal_plain_ones_at_any_length(dtype: torch.dtype) -> None:
     """Compiled once: what follows has other lengths and must not compile again."""
-    norm, turn, gate = (compiled.compiled(f) for f in (rms_norm, rotate, gated))
+    norm, turn, gate = (compiled(f) for f in (rms_norm, rotate, gated))
 
     def both(rows: int) -> None:
         x, w = torch.randn(rows, 48, dtype=dtype), torch.rand(48, dtype=dtype)
@@ -313,7 +314,7 @@ def test_compiled_rows_equal_plain_ones_at_any_length(dtype: torch.dtype) -> Non
 
 
 def test_gradients_go_the_plain_way() -> None:
-    double, calls = compiled.compiled(lambda x: calls.append(1) or x * 2), []
+    double, calls = compiled(lambda x: calls.append(1) or x * 2), []
     x = torch.randn(FEW + 5, 3, requires_grad=True)
     double(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 2))
@@ -386,8 +387,9 @@ def test_graphs_decode_as_the_ordinary_step(oracle: Callable, method: str, attn:
     policy, ids = zipvl.load_policy(method), torch.randint(3, 60, (NEW, 3), device="cuda")
     with torch.inference_mode():
         for kind in (Step, GraphStep):
-            caches = engine.prefill(batch, policy, NEW, {}).caches
-            step = kind(engine.model, caches, policy, BACKENDS[engine.backend])
+            out = engine.prefill(batch, policy, NEW, {})
+            attend = BACKENDS[engine.backend]
+            step = kind(engine.model, out.caches, out.batch.notes, policy, attend)
             at = torch.tensor([len(i) for i in batch], device="cuda")
             logits = torch.stack([step(row, at + n).clone() for n, row in enumerate(ids)])
             want = logits if kind is Step else want

@@ -16,8 +16,8 @@ from PIL import Image
 
 import zipvl
 from zipvl import MediaError, ModelError, OutOfMemory, UsageError
-from zipvl.engine.cache import LayerCache
 from zipvl.engine.engine import Engine
+from zipvl.model.cache import LayerCache
 from zipvl.model.vlm import VLM
 
 STAGES = {"video", "vision", "prefill", "decode"}
@@ -425,8 +425,8 @@ def test_kv_bytes_are_real_storage(
     made: list[LayerCache] = []
     start = LayerCache.__init__
 
-    def spy(self: LayerCache, *args: object) -> None:
-        start(self, *args)
+    def spy(self: LayerCache, *args: object, **named: object) -> None:
+        start(self, *args, **named)
         made.append(self)
 
     monkeypatch.setattr(LayerCache, "__init__", spy)

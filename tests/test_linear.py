@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import zipvl.model.linear as forms
-from zipvl.model.linear import BLOCK, FEW, WIDEN, Linear
+import zipvl.linear as forms
+from zipvl.linear import BLOCK, FEW, WIDEN, Linear
 
 ROWS = [0, 1, 2, WIDEN, 9, FEW, FEW + 1]
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 import zipvl
+from zipvl.policies import METHODS, load_policy
 from zipvl.policies.fastv import FastV
 from zipvl.policies.h2o import H2O
 from zipvl.policies.snapkv import SnapKV
 from zipvl.policies.streaming import StreamingLLM
 from zipvl.policies.zipvl import ZipVL
-from zipvl.policy import METHODS, Plan, Policy, View, load_policy
+from zipvl.policy import Notes, Plan, Policy, PromptView, StepView, View
 from zipvl.testing import check_policy
 from zipvl.testing.oracle import Oracle
 from zipvl.testing.toy import Toy
@@ -107,8 +108,34 @@ class ByQueryHead(Policy):
 
 
 class EvictsBackwards(Policy):
-    def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor:
-        return torch.arange(slots).flip(0)
+    def step(self, view: StepView) -> Plan:
+        return Plan(cache=torch.arange(view.length).flip(0))
+
+
+class ReadsOneQueryHeadEach(Policy):
+    def step(self, view: StepView) -> Plan:
+        return Plan(attend=torch.arange(2).expand(len(view.q), -1))
+
+
+class AsksForRowsBackwards(Policy):
+    def plan(self, view: View) -> Plan:
+        view.mass(torch.arange(view.length).flip(0))
+        return Plan()
+
+
+class LetsTheLastTokenWait(Policy):
+    def start(self, view: PromptView) -> Plan:
+        return Plan(stream=torch.arange(max(1, view.length - 1)))
+
+
+class TrimsAhead(Policy):
+    def trim(self, layer: int, notes: Notes) -> dict[int, Tensor]:
+        return {layer + 1: torch.tensor([0])}
+
+
+class CallsMoreThanAreDuePrecise(Policy):
+    def step(self, view: StepView) -> Plan:
+        return Plan(precise=torch.arange(view.due + 1))
 
 
 FAULTS = [
@@ -119,12 +146,17 @@ FAULTS = [
     (lambda: Selects(lambda n: torch.arange(0)), "at least one token"),
     (lambda: Selects(lambda n: torch.arange(n)[None]), "one index per token"),
     (lambda: Selects(lambda n: torch.arange(max(1, n - 1)), "stream"), "last token"),
-    (Remembers, "view.state"),
+    (Remembers, "view.notes"),
     (Random, "seed"),
     (Overwrites, "clone"),
     (Fixed100, "clamp"),
     (ByQueryHead, "not one row a query head"),
     (EvictsBackwards, "not sorted"),
+    (ReadsOneQueryHeadEach, "not one row a query head"),
+    (AsksForRowsBackwards, "the rows of view.mass"),
+    (LetsTheLastTokenWait, "last token"),
+    (TrimsAhead, "no cache yet"),
+    (CallsMoreThanAreDuePrecise, "outside 0"),
 ]
 
 
@@ -140,7 +172,7 @@ def test_contract_notices_a_method_that_never_keeps_all() -> None:
 
 
 PLANS = """
-from zipvl.policy import load_policy
+from zipvl.policies import load_policy
 from zipvl.testing.toy import Toy
 toy = Toy.build(4, 2)
 runs = [toy.run(load_policy(m, recent=9, random=20), [toy.prompt(140)]) for m in ("zipvl", "fixed")]
@@ -162,6 +194,105 @@ def test_another_process_selects_the_same_and_check_policy_needs_no_pytest() -> 
     assert there.returncode == 0, there.stderr
     assert json.loads(there.stdout) == here["found"]
     assert all(1 < len(kept) < 140 for run in here["found"] for kept in run[:3])
+
+
+# --- the verbs that no built-in method uses: the contract runs them against the oracle
+
+
+class Enters(Policy):
+    """start(): every other visual token enters."""
+
+    def start(self, view: PromptView) -> Plan:
+        assert view.x.shape == (view.length, 32)
+        assert view.notes.prompt == view.length
+        keep = ~view.is_visual | (torch.arange(view.length) % 2 > 0)
+        keep[-1] = True
+        return Plan(stream=keep.nonzero()[:, 0])
+
+    def plan(self, view: View) -> Plan:
+        view.notes[view.layer] = view.positions
+        return Plan()
+
+
+class Trims(Policy):
+    """trim(): behind the last layer the first layers keep their newest tokens, by head or not."""
+
+    def plan(self, view: View) -> Plan:
+        view.notes["G"] = len(view.k)
+        return Plan(cache=torch.arange(0, view.length, 2)) if view.layer == 1 else Plan()
+
+    def trim(self, layer: int, notes: Notes) -> dict[int, Tensor] | None:
+        if layer < 2:
+            return None
+        slots = torch.arange(notes.prompt)[-5:]
+        return {0: slots.expand(notes["G"], -1), 1: torch.tensor([0])}
+
+
+class Fetches(Policy):
+    """step(): each head reads the half of the slots that it likes best, and nothing leaves."""
+
+    def step(self, view: StepView) -> Plan:
+        best = view.by_group(view.mass()).topk(max(1, view.length // 2)).indices
+        return Plan(attend=best.sort().values)
+
+
+class Mixed(Policy):
+    """step(): reads a few slots in one layer, evicts in another, looks in the third."""
+
+    def step(self, view: StepView) -> Plan:
+        newest = torch.arange(view.length)[-3:]
+        if view.layer == 0:
+            return Plan(attend=newest, cache=torch.arange(max(0, view.length - 9), view.length))
+        if view.layer == 1:
+            return Plan(cache=newest)
+        view.mass()
+        return Plan()
+
+
+@pytest.mark.parametrize("make", [Enters, Trims, Fetches, Mixed])
+def test_contract_of_the_other_verbs(make: Callable[[], Policy]) -> None:
+    check_policy(make)
+
+
+def test_trimmed_caches_give_their_memory_back() -> None:
+    toy = Toy.build(4, 2)
+    got = toy.run(Trims(), [toy.prompt(90), toy.prompt(41)])
+    assert got.prefilled == [[5, 5], [1, 1], [90, 41]]
+    assert got.bytes == [2 * (sum(n) + 2 * 4) * 2 * 8 * 4 for n in got.prefilled]
+
+
+def test_what_does_not_enter_is_nowhere() -> None:
+    toy, prompt = Toy.build(4, 2), Toy.build(4, 2).prompt(60)
+    got = toy.run(Enters(), [prompt])
+    entered = got.seen.started.stream
+    assert int((~prompt[1]).sum()) < len(entered) < 50
+    assert got.prefilled == [[len(entered)]] * 3
+    assert all(torch.equal(got.notes[0][layer], entered) for layer in range(3))
+    assert got.caches[0].view(0)[2][-4:, 0].tolist() == [60, 61, 62, 63]  # places of the prompt
+
+
+class Scouted(Policy):
+    """Keeps what its scout, H2O, scored highest in the same layer."""
+
+    scout = H2O(heavy=3, recent=2)
+
+    def plan(self, view: View) -> Plan:
+        score = view.notes[view.layer].sum(0)  # of the slots the scout still held at its end
+        best = score.topk(min(view.length, len(score)) // 2 + 1).indices.clamp(max=view.length - 1)
+        return Plan(cache=best.unique())
+
+
+def test_a_scout_leaves_its_notes(oracle: Callable) -> None:
+    check_policy(Scouted)
+    engine = zipvl.load(oracle("llava").folder, device="cpu", dtype="float32")
+    inputs = engine.prepare("what is there to see")
+    out = engine.generate(inputs, Scouted(), max_new_tokens=4, ignore_eos=True)
+    assert out.stats.seconds["scout"] > 0
+    assert {layer["cached"] for layer in out.stats.layers} == {3}
+    plain = engine.generate(inputs, "dense", max_new_tokens=4, ignore_eos=True)
+    assert "scout" not in plain.stats.seconds
+    assert out.tokens[0] == plain.tokens[0]  # prefill was dense
+    torch.testing.assert_close(engine.logits(inputs, Scouted()), engine.logits(inputs))
 
 
 # --- what single methods promise beyond the contract
@@ -226,7 +357,7 @@ def test_h2o_prefill_is_exact_column_sums() -> None:
             plan = super().plan(view)
             sums = full_attention(view).sum(1)  # [G, T]
             torch.testing.assert_close(
-                view.state[view.layer].double(), sums.gather(1, plan.cache), rtol=1e-5, atol=1e-5
+                view.notes[view.layer].double(), sums.gather(1, plan.cache), rtol=1e-5, atol=1e-5
             )
             for row, kept in zip(sums, plan.cache, strict=True):
                 best = row[:-3].topk(4).indices.tolist()
@@ -238,27 +369,39 @@ def test_h2o_prefill_is_exact_column_sums() -> None:
 
 def test_h2o_adds_each_decode_step_and_evicts_the_least() -> None:
     """By hand: two heads, four slots of budget; prefill scores count at the first step."""
-    policy, state = H2O(heavy=2, recent=2), {0: torch.tensor([[5.0, 1, 4, 3], [1.0, 5, 4, 3]])}
+    policy, notes = H2O(heavy=2, recent=2), Notes(4)
+    notes[0] = torch.tensor([[5.0, 1, 4, 3], [1.0, 5, 4, 3]])
+
+    class Step:  # two query heads, two key/value heads, five slots
+        layer, by_group = 0, staticmethod(lambda x: x)
+
+        def __init__(self, probs: Tensor):
+            self.notes, self.mass = notes, lambda: probs
+
     probs = torch.tensor([[0.0, 0.2, 0.0, 0.3, 0.5], [0.0, 0.0, 0.0, 0.0, 1.0]])
-    slots = policy.evict(0, 5, state, probs)
+    slots = policy.step(Step(probs)).cache
     assert slots.tolist() == [[0, 2, 3, 4], [1, 2, 3, 4]]
-    torch.testing.assert_close(state[0], torch.tensor([[5.0, 4, 3.3, 0.5], [5.0, 4, 3, 1]]))
+    torch.testing.assert_close(notes[0], torch.tensor([[5.0, 4, 3.3, 0.5], [5.0, 4, 3, 1]]))
     # what left is forgotten: a late favourite beats an early one
-    slots = policy.evict(0, 5, state, torch.tensor([[0.0, 0, 2.0, 0, 0], [0.0, 0, 0, 9, 0]]))
+    slots = policy.step(Step(torch.tensor([[0.0, 0, 2.0, 0, 0], [0.0, 0, 0, 9, 0]]))).cache
     assert slots.tolist() == [[0, 2, 3, 4], [0, 1, 3, 4]]
 
 
-def test_watched_probabilities_are_the_mean_over_a_group() -> None:
-    """[G, slots], one distribution for each key/value head, in every layer and step."""
+def test_looking_at_a_step_changes_nothing() -> None:
+    """[H, slots], one distribution for each query head, in every layer and step."""
     seen = []
 
     class Spy(Policy):
-        watch_decode = True
-
-        def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> None:
-            seen.append(slots)
-            assert probs.shape == (2, slots)
-            torch.testing.assert_close(probs.sum(1), torch.ones(2))
+        def step(self, view: StepView) -> Plan:
+            seen.append(view.length)
+            mass = view.mass()
+            assert mass.shape == (4, view.length)
+            torch.testing.assert_close(mass.sum(1), torch.ones(4))
+            assert view.by_group(mass).shape == (2, view.length)
+            torch.testing.assert_close(view.by_group(mass)[1], mass[2:].mean(0))
+            assert view.positions.shape == (2, view.length)
+            assert (view.positions.diff(dim=1) > 0).all()
+            return Plan()
 
     toy = Toy.build(4, 2)
     watched = toy.run(Spy(), [toy.prompt(30), toy.prompt(8)])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zipvl.engine.quant import (
+from zipvl.model.quant import (
     BITS,
     KEYS,
     VALUES,
@@ -212,7 +212,7 @@ def test_rows_in_pieces_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme in SCHEMES.values():
         whole = quantised(x, 4, scheme)
         with monkeypatch.context() as m:
-            m.setattr("zipvl.engine.quant.CHUNK", 240)  # ten rows at a time
+            m.setattr("zipvl.model.quant.CHUNK", 240)  # ten rows at a time
             pieces = quantised(x, 4, scheme)
             assert torch.equal(pieces.codes, whole.codes)
             assert torch.equal(pieces.step, whole.step)

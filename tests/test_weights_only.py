@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 import zipvl
-from zipvl.errors import UsageError
-from zipvl.model.linear import Linear
-from zipvl.model.weights_only import (
-    FEW,
+from zipvl.engine.speed import (
     FORMS,
     GROUP,
     KINDS,
+    PACKED_ROWS,
     PackedLinear,
     check_kind,
     pack_weights,
 )
+from zipvl.errors import UsageError
+from zipvl.linear import Linear
 
 ROUNDING = 2.0**-8  # of one bfloat16 number
 
@@ -52,7 +52,7 @@ def test_half_a_step(kind: str, rows: int, width: int) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("count", range(1, FEW + 1))
+@pytest.mark.parametrize("count", range(1, PACKED_ROWS + 1))
 def test_product_of_what_is_packed(kind: str, dtype: torch.dtype, count: int) -> None:
     """Against float64 on the dequantised weight; bias in the model's own dtype."""
     packed = layer(96, 256, kind, dtype, bias=True)
@@ -70,7 +70,7 @@ def test_many_rows_and_training_use_the_full_weight(kind: str) -> None:
     packed = layer(32, 64, kind, torch.float32)
     full = Linear(64, 32, bias=False)
     full.weight = packed.weight
-    many, few = torch.randn(FEW + 1, 64), torch.randn(1, 64)
+    many, few = torch.randn(PACKED_ROWS + 1, 64), torch.randn(1, 64)
     with torch.inference_mode():
         assert torch.equal(packed(many), full(many))
         assert not torch.equal(packed(few), full(few))
@@ -104,9 +104,9 @@ def test_a_tiny_model_stays_close(
     folder: Path = oracle(family).folder
     exact, packed = zipvl.load(folder), zipvl.load(folder, weights=kind)
     hits = []
-    for ids in torch.randint(3, 60, (32, FEW)):
+    for ids in torch.randint(3, 60, (32, PACKED_ROWS)):
         a, b = (
-            e.model.logits(e.model.text(e.model.text.embed_tokens(ids), [FEW]))
+            e.model.logits(e.model.text(e.model.text.embed_tokens(ids), [PACKED_ROWS]))
             for e in (exact, packed)
         )
         assert 0 < (a - b).norm() / a.norm() < error

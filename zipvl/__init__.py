@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 __all__ = [
     "Engine", "Inputs", "MediaError", "ModelError", "OutOfMemory", "Piece", "Plan", "Policy",
-    "Result", "UsageError", "View", "ZipvlError", "demo_clip", "load", "load_policy",
+    "Result", "StepView", "UsageError", "View", "ZipvlError", "demo_clip", "load", "load_policy",
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # what type checkers and editors read
-    from .engine.engine import Engine, Piece
+    from .engine.engine import Engine, Piece, Result
     from .engine.inputs import Inputs
     from .engine.load import demo_clip, load
-    from .engine.run import Result
     from .errors import MediaError, ModelError, OutOfMemory, UsageError, ZipvlError
-    from .policy import Plan, Policy, View, load_policy
+    from .policies import load_policy
+    from .policy import Plan, Policy, StepView, View
 else:  # what Python does: PEP 562
     _HOMES = {
-        "engine.engine": ("Engine", "Piece"),
+        "engine.engine": ("Engine", "Piece", "Result"),
         "engine.inputs": ("Inputs",),
         "engine.load": ("demo_clip", "load"),
-        "engine.run": ("Result",),
         "errors": ("MediaError", "ModelError", "OutOfMemory", "UsageError", "ZipvlError"),
-        "policy": ("Plan", "Policy", "View", "load_policy"),
+        "policies": ("load_policy",),
+        "policy": ("Plan", "Policy", "StepView", "View"),
     }
 
     def __getattr__(name: str) -> object:

@@ -21,9 +21,8 @@ import zipvl
 from .report import as_json, headline, summary
 
 if TYPE_CHECKING:
-    from .engine.engine import Engine
+    from .engine.engine import Engine, Result
     from .engine.inputs import ImageSource, Inputs, Message, VideoSource
-    from .engine.run import Result
     from .policy import Policy
 
 HELP = (

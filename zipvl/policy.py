@@ -1,63 +1,84 @@
-"""The one interface a method implements: it looks at a View and answers with a Plan.
+"""The one interface a method implements: it looks at a view and answers with a Plan.
 
-The policy decides, the attention layer (model/attention.py) computes, the cache (engine/cache.py)
-stores. A policy holds its options and nothing else: what a method must remember between layers or
-decode steps lives in the `state` dict of the sequence and dies with it.
+    start(prompt)        before layer 0: which tokens enter the model
+    plan(view)           in each layer: which tokens attend, are cached, go on to the next layer
+    trim(layer, notes)   behind each layer: which slots stay in the caches made so far
+    step(view)           in each layer of a decode step, before its attention: which slots this step
+                         reads, which stay
+    scout                a method that answers the prompt first and leaves its notes to this one
 
-T tokens, H query heads, G key/value heads, D head size, P probe rows, K kept tokens.
+Every method has a plan(); the other verbs are None unless a method defines them, and cost nothing
+then. The policy decides, the attention layer (model/attention.py) computes, the cache
+(model/cache.py) stores. A policy holds its options and nothing else: what a method must remember
+between layers or decode steps lives in the notes of the sequence and dies with it.
+
+T tokens, n cached tokens, H query heads, G key/value heads, D head size, C model width, P probe
+rows, K kept tokens.
 """
 
-import importlib
-import importlib.util
-import inspect
-import sys
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from .engine.storage import FULL, Storage
 from .errors import UsageError
-from .options import fit, parse
 
-METHODS = {
-    "dense": "zipvl.policies.dense:Dense",
-    "zipvl": "zipvl.policies.zipvl:ZipVL",
-    "zipvl+": "zipvl.policies.zipvl_plus:ZipVLPlus",
-    "fixed": "zipvl.policies.fixed:Fixed",
-    "random": "zipvl.policies.random:Random",
-    "fastv": "zipvl.policies.fastv:FastV",
-    "streaming": "zipvl.policies.streaming:StreamingLLM",
-    "h2o": "zipvl.policies.h2o:H2O",
-    "snapkv": "zipvl.policies.snapkv:SnapKV",
-    "zipvl-quant": "zipvl.policies.zipvl_quant:ZipVLQuant",
-    "zipcache": "zipvl.policies.zipcache:ZipCache",
-    "kivi": "zipvl.policies.kivi:KIVI",
-}
 FILLS = ("zero", "previous", "own")
 
 
-@dataclass(frozen=True)
-class View:
-    """What a policy may look at: one layer of one sequence, after RoPE. Read-only but for `state`.
+class Notes(dict):
+    """What a method remembers of one sequence, under keys of its own, from its first layer to its
+    last decode step; and what the engine knows of the sequence."""
 
-    `q` and `v` are projected when first read: a method that reads neither pays for neither."""
+    def __init__(self, prompt: int, new: int = 0):
+        super().__init__()
+        self.prompt = prompt  # tokens of the prompt
+        self.new = new  # most tokens that may follow
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """What start() may look at: one prompt before layer 0."""
+
+    x: Tensor  # [T, C] embeddings, visual tokens included
+    is_visual: Tensor  # [T] bool, image and video tokens
+    notes: Notes
+
+    @property
+    def length(self) -> int:
+        return len(self.x)
+
+
+class Heads:
+    """What the views of a layer share."""
+
+    k: Tensor  # [G, ., D]
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """x [H, ...] -> [G, ...]: the mean over the query heads that share a key/value head."""
+        return x.unflatten(0, (len(self.k), -1)).mean(1)
+
+
+@dataclass(frozen=True)
+class View(Heads):
+    """What plan() may look at: one layer of one prompt, after RoPE. Read-only but for `notes`.
+
+    What costs something is computed when it is asked for: a method that never reads `q`, `v` or
+    `mass()` pays for none of them."""
 
     layer: int  # 0 .. num_layers - 1
     num_layers: int
     k: Tensor  # [G, T, D]
-    positions: (
-        Tensor  # [T] place of each token in the prompt; all of 0..T-1 unless tokens were dropped
-    )
+    positions: Tensor  # [T] place in the prompt; all of 0..T-1 unless tokens were dropped
     is_visual: Tensor  # [T] bool, image and video tokens
+    notes: Notes
     project_q: Callable[[], Tensor]
     project_v: Callable[[], Tensor]
-    mass: Tensor | None = None  # [H, T] float32, attention each token receives from the probe rows
-    seen: Tensor | None = None  # [T]   how many probe rows can see each token
-    state: dict = field(default_factory=dict)  # the sequence's notes: one dict for all its layers
+    score: Callable[[Tensor], Tensor]
 
     @property
     def length(self) -> int:
@@ -73,15 +94,64 @@ class View:
         """[G, T, D] values of all tokens."""
         return self.project_v()
 
+    def mass(self, rows: Tensor | None = None) -> Tensor:
+        """[H, T] float32: the attention that each token receives from `rows` [P] (int64, sorted;
+        None: from all rows). Exact: the causal softmax of these rows, summed over them."""
+        return self.score(torch.arange(self.length) if rows is None else rows)
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """[T]: how many of the sorted `rows` [P] can see each token, the nnz of Eq. 7."""
+        rows, index = rows.to(self.k.device), torch.arange(self.length, device=self.k.device)
+        return len(rows) - torch.searchsorted(rows, index)
+
+
+@dataclass(frozen=True)
+class StepView(Heads):
+    """What step() may look at: one layer of one sequence at a decode step, the newest token's key
+    and value already in the cache. Read-only but for `notes`."""
+
+    layer: int
+    num_layers: int
+    q: Tensor  # [H, D] of the newest token
+    k: Tensor  # [G, n, D] of all cached tokens, the newest last
+    v: Tensor  # [G, n, D]
+    positions: Tensor  # [G, n] places in the prompt and the answer
+    due: int  # so many of the newest slots leave full precision after this step
+    notes: Notes
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[1]
+
+    def mass(self) -> Tensor:
+        """[H, n] float32: the newest token's attention to each slot."""
+        return self._mass
+
+    @cached_property
+    def _mass(self) -> Tensor:
+        logits = self.q.unflatten(0, (len(self.k), -1)) @ self.k.mT  # [G, H/G, n]
+        return (logits.float() / math.sqrt(self.q.shape[-1])).softmax(dim=-1).flatten(0, 1)
+
+    @property
+    def mass_known(self) -> bool:
+        """Whether somebody has asked for mass(): the layer then need not compute it again."""
+        return "_mass" in vars(self)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Sorted indices into the View's tokens; None means all of them."""
+    """Sorted indices into a view's tokens, or at a decode step its slots; None means all of them.
 
-    attend: Tensor | None = None  # [K]  tokens whose q, k, v take part in this layer's attention
+    start() answers with `stream`, plan() with everything, step() with `attend`, `cache` and
+    `precise`.
+    """
+
+    attend: Tensor | None = None  # [K]  tokens whose q, k, v take part in this layer's attention;
+    #   at a decode step [K] or [G, K], the slots that it reads
     cache: Tensor | None = None  # [K'] | [G, K']  tokens whose k, v stay for decoding
     stream: Tensor | None = None  # [K'']  tokens that go on to the next layer
-    precise: Tensor | None = None  # [K]  of the cached ones, those a mixed storage gives more bits
+    precise: Tensor | None = None  # [K]  of the cached ones, those a mixed storage gives more bits;
+    #   at a decode step of the `due` newest ones
     fill: str = "zero"  # what the attention output of tokens outside `attend` is:
     #   zero      nothing, the residual passes (the paper)
     #   previous  the output of the nearest earlier token in `attend`
@@ -90,95 +160,67 @@ class Plan:
     def __post_init__(self) -> None:
         if self.fill not in FILLS:
             raise UsageError(f"a Plan's fill is {self.fill!r}: use one of {', '.join(FILLS)}")
+        if self.precise is not None and self.cache is not None and self.cache.ndim == 2:
+            raise UsageError("a Plan with `precise` needs a `cache` that all heads share")
+
+
+class Storage(Protocol):
+    """How a method's caches store keys and values; model/cache_quant.py has the choices."""
+
+    def store(self, room: int) -> Callable[[list[Any]], Any]:
+        """What builds a layer's cache of `Kept` tokens (model/cache.py) with room for new ones; one
+        for all layers of a prefill."""
+
+    def nbytes(self, precise: int, others: int, room: int, G: int, D: int, item: int) -> int:
+        """Bytes of one sequence in one layer by formula; `item` bytes a full number."""
 
 
 class Policy:
     """Dense attention with a full cache; a method overrides what it changes."""
 
-    watch_decode = False  # True: evict() also receives each step's attention probabilities
-
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in vars(self).items())
         return f"{type(self).__name__}({options})"
 
-    def probe(self, view: View) -> Tensor | None:
-        """Rows [P], sorted, whose attention the method wants to see; None: it needs none."""
-        return None
-
     def plan(self, view: View) -> Plan:
-        """Called once per layer and prompt, with `mass` and `seen` if probe() gave rows."""
+        """Called once per layer and prompt."""
         return Plan()
 
+    # What follows is None unless a method defines it: the verbs as methods of that name, which
+    # take what the Callable takes; read only once a prefill or step, so a property may decide.
+
     @property
-    def storage(self) -> Storage:
-        """How the cache stores keys and values; engine/storage.py has the choices."""
-        return FULL
-
-    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
-        """Called when a mixed storage quantises the n newest tokens: which of them, [K], sorted,
-        get more bits, by the newest query's attention to them, `mass` [H, n]; None: all."""
+    def start(self) -> Callable[[PromptView], Plan] | None:
+        """start(prompt), once a prompt: its plan's `stream` says which tokens enter."""
         return None
 
-    def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
-        """Called after each decode step: `slots` tokens are cached, `probs` [G, slots] if watched.
+    @property
+    def trim(self) -> Callable[[int, Notes], dict[int, Tensor] | None] | None:
+        """trim(layer, notes), behind each layer of a prefill: for any layer so far the slots [K] or
+        [G, K] that stay in its cache; the memory of the others is freed."""
+        return None
 
-        `state` is the dict that plan() saw as view.state; each layer writes under its own key.
-        Returns the slots to keep, sorted, [N] or [G, N]; None keeps all.
-        """
+    @property
+    def step(self) -> Callable[[StepView], Plan] | None:
+        """step(view), per layer and decode step."""
+        return None
+
+    @property
+    def scout(self) -> "Policy | None":
+        """Answers the prompt first, by itself; this method then finds its notes."""
+        return None
+
+    @property
+    def storage(self) -> Storage | None:
+        """How caches store keys and values; None: in full precision."""
         return None
 
 
-def load_policy(method: "str | Policy", **options: Any) -> Policy:
-    """`zipvl`, `zipvl:tau=0.96,recent=32`, `my.py:Class`, `my.py:Class:tau=0.9`, or a Policy.
-
-    `options` override what the string says; those that are None count as not given.
-    Raises UsageError that lists the valid names or options.
-    """
-    if isinstance(method, Policy):
-        return method
-    head, _, tail = method.partition(":")
-    if head.endswith(".py"):
-        name, _, tail = tail.partition(":")
-        cls = _from_file(Path(head), name)
-    elif head in METHODS:
-        module, _, name = METHODS[head].partition(":")
-        cls = getattr(importlib.import_module(module), name)
-    else:
-        raise UsageError(
-            f"unknown method {head!r}: use one of {', '.join(METHODS)}, or my_file.py:Class"
-        )
-    given = dict(parse(item, method) for item in tail.split(",") if item)
-    given |= {k: v for k, v in options.items() if v is not None}
-    valid = inspect.signature(cls).parameters
-    if unknown := given.keys() - valid.keys():
-        listed = ", ".join(f"{p.name}={p.default}" for p in valid.values()) or "none"
-        raise UsageError(f"method {head!r} has no option {min(unknown)!r}: it takes {listed}")
-    try:
-        return cls(**{name: fit(value, valid[name]) for name, value in given.items()})
-    except (TypeError, ValueError) as e:
-        raise UsageError(f"method {method!r}: {e}") from None
+def check(valid: bool, message: str) -> None:
+    """For options: load_policy makes the ValueError a sentence that names the method."""
+    if not valid:
+        raise ValueError(message)
 
 
-def _from_file(path: Path, name: str) -> type[Policy]:
-    if not path.is_file():
-        raise UsageError(
-            f"method file {path} does not exist: check the path before the first colon"
-        )
-    spec = importlib.util.spec_from_file_location(f"zipvl_method_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:  # the user's own file: any mistake in it ends up here
-        why = f"{type(e).__name__}: {e}"
-        raise UsageError(f"method file {path} cannot be imported ({why}): correct it") from None
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Policy)]
-    found = {c.__name__: c for c in classes if c.__module__ == module.__name__}
-    if name not in found:
-        known = f"it has {', '.join(found)}" if found else "it has no Policy class"
-        raise UsageError(
-            f"method file {path} has no method {name!r}: {known}; write {path}:ClassName"
-        )
-    return found[name]
+def choice(name: str, value: str, options: tuple[str, ...]) -> None:
+    check(value in options, f"{name} is {value!r}: use one of {', '.join(options)}")

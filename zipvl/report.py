@@ -9,9 +9,8 @@ import platform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .engine.engine import Engine
+    from .engine.engine import Engine, Result
     from .engine.inputs import Inputs
-    from .engine.run import Result
     from .engine.stats import Stats
     from .policy import Policy
 

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zipvl.engine.graph import GraphStep, StaticStep, Step
-from zipvl.model.decoder import Prefilled
-from zipvl.model.linear import Linear
+from zipvl.engine.engine import Step
+from zipvl.engine.speed import GraphStep, StaticStep
+from zipvl.engine.stats import Counted
+from zipvl.linear import Linear
 
 from .model import Model
 from .rival import build_rival, rival_prefill, rival_steps
@@ -28,7 +29,7 @@ def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
     peak = product_peak(model.device, model.dtype, args.clock)
     for tokens in args.tokens:
         ids = torch.randint(model.config.vocab_size, (tokens,), device=model.device)
-        last: dict[str, Prefilled] = {}
+        last: dict[str, Counted] = {}
         runs: dict[str, Factory] = {
             method + form: partial(our_prefill, m, ids, method, last, method + form)
             for method in args.methods
@@ -73,7 +74,7 @@ def our_prefill(model: Model, ids: Tensor, method: str, last: dict,
     return work
 
 
-def prefill_details(out: Prefilled) -> Row:
+def prefill_details(out: Counted) -> Row:
     """Shares of the last run by stage, kept ratio, attention work, bytes of the cache."""
     stages: dict[str, float] = {}
     for layer in out.layers:

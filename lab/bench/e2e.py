@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zipvl.engine.engine import Engine
+from zipvl.engine.engine import Engine, Run
 from zipvl.engine.inputs import Inputs, Media
 from zipvl.engine.load import demo_clip, load
-from zipvl.engine.run import Run
 from zipvl.engine.sampler import Sampling
 from zipvl.engine.stats import Clock
 from zipvl.engine.watch import Watch
-from zipvl.policy import load_policy
+from zipvl.policies import load_policy
 from zipvl.vision.video import read_video
 
 from .model import DTYPES, QUESTION
@@ -113,12 +112,14 @@ def timed_clip(engine: Engine, path: str, frames: int, clock: Clock) -> Media:
     watch = Watch(engine.model)
 
     def fit(picture: np.ndarray) -> np.ndarray:
-        with clock("resize"):
-            return watch(picture)
+        clock.lap("read")
+        seen = watch(picture)
+        clock.lap("resize")
+        return seen
 
-    with clock("read"):
-        clip = read_video(path, frames, fit=fit)
-    clock.seconds["read"] -= clock.seconds["resize"]
+    clock.start()
+    clip = read_video(path, frames, fit=fit)
+    clock.lap("read")
     clock.seconds["resize"] -= watch.seconds
     media = watch.media(clip)  # the last frames
     clock.seconds["encode"] = watch.seconds

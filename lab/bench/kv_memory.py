@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from zipvl.engine.cache import Cache
-from zipvl.engine.cache_quant import Scratch
-from zipvl.engine.storage import FULL, Storage
-from zipvl.policy import load_policy
+from zipvl.model.cache import Cache, Kept, Store, store_as
+from zipvl.policies import load_policy
+from zipvl.policy import Notes, Storage
 
 from .model import DTYPES, SHAPES, Model
 from .timing import CLOCKS, Factory, Row, interleaved, machine, ratios
@@ -34,9 +33,12 @@ CASES = {  # name: method, and whether the tokens that are not important leave
 }
 
 
-def layer_bytes(storage: Storage, tokens: int, kept: int, drop: bool, G: int, D: int) -> int:
+def layer_bytes(storage: Storage | None, tokens: int, kept: int, drop: bool, G: int, D: int) -> int:
     """One layer of a prompt of `tokens` of which `kept` are important."""
-    return storage.nbytes(kept, 0 if drop else tokens - kept, ROOM, G, D, BYTES)
+    others = 0 if drop else tokens - kept
+    if storage is None:
+        return 2 * (kept + others + ROOM) * G * D * BYTES
+    return storage.nbytes(kept, others, ROOM, G, D, BYTES)
 
 
 def memory_rows(shape: str, tokens: list[int], shares: list[float]) -> list[Row]:
@@ -44,7 +46,7 @@ def memory_rows(shape: str, tokens: list[int], shares: list[float]) -> list[Row]
     _, layers, _, _, G, D, _, _ = SHAPES[shape]
     rows: list[Row] = []
     for n in tokens:
-        dense = layers * layer_bytes(FULL, n, n, True, G, D)
+        dense = layers * layer_bytes(None, n, n, True, G, D)
         rows.append(memory_row(shape, n, "dense", 1.0, dense, 0, dense))
         kivi = layers * layer_bytes(load_policy("kivi").storage, n, n, True, G, D)
         scratch = 2 * (n + ROOM) * G * D * BYTES
@@ -55,7 +57,7 @@ def memory_rows(shape: str, tokens: list[int], shares: list[float]) -> list[Row]
                 kept = round(share * n)
                 total = layers * layer_bytes(storage, n, kept, drop, G, D)
                 slots = (kept if drop else n) + ROOM
-                scratch = 0 if storage == FULL else 2 * slots * G * D * BYTES
+                scratch = 0 if storage is None else 2 * slots * G * D * BYTES
                 rows.append(memory_row(shape, n, name, share, total, scratch, dense))
     return rows
 
@@ -77,7 +79,8 @@ def check_rows(shapes: list[str], tokens: int, share: float) -> list[Row]:
         G, D = SHAPES[shape][4:6]
         for name, (method, drop) in {"dense": ("dense", True), **CASES}.items():
             storage, kept = load_policy(method).storage, round(share * tokens)
-            cache = random_cache(storage, tokens, kept, drop, G, D, torch.bfloat16, Scratch())
+            store = store_as(storage, ROOM)
+            cache = random_cache(store, tokens, kept, drop, G, D, torch.bfloat16)
             formula = layer_bytes(storage, tokens, kept, drop, G, D)
             rows.append({"shape": shape, "tokens": tokens, "share_kept": share, "run": name,
                          "formula": formula, "storage": cache.nbytes})  # fmt: skip
@@ -86,13 +89,13 @@ def check_rows(shapes: list[str], tokens: int, share: float) -> list[Row]:
     return rows
 
 
-def random_cache(storage: Storage, tokens: int, kept: int, drop: bool, G: int, D: int,
-                 dtype: torch.dtype, scratch: Scratch) -> Cache:  # fmt: skip
+def random_cache(store: Store, tokens: int, kept: int, drop: bool, G: int, D: int,
+                 dtype: torch.dtype) -> Cache:  # fmt: skip
     """One layer's cache of random keys and values."""
     n = kept if drop else tokens
     k, v = (torch.randn(n, G, D, dtype=dtype) for _ in range(2))
     precise = None if drop else torch.arange(kept)
-    return storage.build([k], [v], [torch.arange(n)], [precise], ROOM, [{}], scratch)
+    return store([Kept(k, v, torch.arange(n), precise)])
 
 
 @torch.inference_mode()
@@ -120,20 +123,20 @@ def steps(
     model: Model, method: str, kept: int, drop: bool, tokens: int, new: int
 ) -> Callable[[], object]:
     """Greedy steps from position `tokens`."""
-    policy, c, scratch = load_policy(method), model.config, Scratch()
+    policy, c = load_policy(method), model.config
+    store, notes = store_as(policy.storage, ROOM), [Notes(tokens, new)]
     caches = [
-        random_cache(policy.storage, tokens, kept, drop, c.num_kv_heads, c.head_dim, model.dtype,
-                     scratch) for _ in range(c.num_layers)
-    ]  # fmt: skip
+        random_cache(store, tokens, kept, drop, c.num_kv_heads, c.head_dim, model.dtype)
+        for _ in range(c.num_layers)
+    ]
 
     def work() -> None:
         token = torch.zeros(1, dtype=torch.long)
         for step in range(new):
             at = torch.tensor([tokens + step])
             x = model.decoder.embed_tokens(token)
-            token = model.logits(model.decoder.decode(x, at, caches, policy, model.attend)).argmax(
-                1
-            )
+            hidden = model.decoder.decode(x, at, caches, policy, model.attend, notes)
+            token = model.logits(hidden).argmax(1)
 
     return work
 

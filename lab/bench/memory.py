@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from zipvl.config import TextConfig
 from zipvl.engine.engine import CHUNK
 from zipvl.engine.stats import peak_memory, restart_peak
-from zipvl.model.scores import SCORE_BYTES
+from zipvl.model.attention import SCORE_BYTES
 from zipvl.model.vlm import VLM
 
 from .model import DTYPES, Model

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from zipvl.config import TextConfig
-from zipvl.engine.cache import LayerCache
-from zipvl.engine.engine import CHUNK
-from zipvl.engine.graph import Step
+from zipvl.engine.engine import CHUNK, Step
+from zipvl.engine.speed import PACKED_ROWS, PackedLinear, check_kind, compile_rows, pack_weights
+from zipvl.engine.stats import Counted, Recorder
+from zipvl.linear import Linear
 from zipvl.model import kernels
-from zipvl.model.compiled import compile_rows
-from zipvl.model.decoder import Decoder, Prefilled
-from zipvl.model.linear import Linear
-from zipvl.model.pack import Pack
+from zipvl.model.batch import Batch
+from zipvl.model.cache import Kept, LayerCache
+from zipvl.model.decoder import Decoder
 from zipvl.model.vlm import VLM
-from zipvl.model.weights_only import FEW, PackedLinear, check_kind, pack_weights
-from zipvl.policy import load_policy
+from zipvl.policies import load_policy
+from zipvl.policy import Notes
 
 SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
     "qwen2-0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151936),
@@ -82,7 +82,8 @@ class Model:
 
     def stepper(self, kind: type[Step], caches: list[LayerCache]) -> Step:
         """Decode steps of one `kind` over `caches`; a Step needs no more of a VLM than this has."""
-        return kind(cast(VLM, self), caches, load_policy("dense"), self.attend)
+        notes = [Notes(0) for _ in caches[0].spans.lengths]
+        return kind(cast(VLM, self), caches, notes, load_policy("dense"), self.attend)
 
     @property
     def text(self) -> Decoder:
@@ -99,22 +100,23 @@ class Model:
 
     def step_bytes(self, batch: int) -> int:
         """Bytes of weights that a decode step of `batch` sequences reads."""
-        packs = self.packs if batch <= FEW else []
+        packs = self.packs if batch <= PACKED_ROWS else []
         return self.weight_bytes + sum(m.packed_bytes - m.weight.nbytes for m in packs)
 
-    def pack(self, tokens: int) -> Pack:
+    def batch(self, tokens: int) -> Batch:
         """One sequence of `tokens`, all visual but the question at the end."""
         positions = torch.arange(tokens, device=self.device)
         visual = positions < tokens - QUESTION
-        return Pack.build([tokens], positions, visual, self.config, self.dtype)
+        return Batch.build([tokens], positions, visual, self.config, self.dtype)
 
-    def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Prefilled]:
+    def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Counted]:
         """Logits of the last token, and what the prefill left."""
-        pack = self.pack(len(ids))
+        batch, recorder = self.batch(len(ids)), Recorder(self.device)
         x = self.decoder.embed_tokens(ids)
-        chunk = CHUNK.get(self.device.type)
-        out = self.decoder.prefill(x, pack, load_policy(method), self.attend, room, chunk)
-        return self.logits(out.hidden[-1:]), out
+        out = self.decoder.prefill(
+            x, batch, load_policy(method), self.attend, room, CHUNK.get(self.device.type), recorder
+        )
+        return self.logits(out.hidden[-1:]), recorder.counted(out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()
@@ -127,6 +129,7 @@ class Model:
             shapes = [(n, c.num_kv_heads, c.head_dim) for n in lengths]
             return [torch.randn(s, dtype=self.dtype, device=self.device) for s in shapes]
 
-        return [
-            LayerCache(some(), some(), at, room, [{} for _ in lengths]) for _ in range(c.num_layers)
-        ]
+        def one() -> LayerCache:
+            return LayerCache([Kept(*kept) for kept in zip(some(), some(), at, strict=True)], room)
+
+        return [one() for _ in range(c.num_layers)]

@@ -1,6 +1,6 @@
 """Figures from the raw JSON of bench.py, so that they can be drawn again:
 
-    python -m lab.bench.plot lab/results/*.json --out lab/results
+python -m lab.bench.plot lab/results/*.json --out lab/results
 """
 
 import argparse

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zipvl.linear import EMULATED, widened
 from zipvl.model.attention import Attention
-from zipvl.model.linear import EMULATED, widened
-from zipvl.model.pack import Pack
+from zipvl.model.batch import Batch
 
 from .model import Model
 from .timing import Factory, Row, interleaved, ratios
@@ -57,11 +57,11 @@ def bench_projections(model: Model, args: argparse.Namespace) -> list[Row]:
     rows = []
     for tokens in args.tokens:
         x = torch.randn(tokens, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        pack = model.pack(tokens)
+        batch = model.batch(tokens)
         kept = {f"ratio {r:g}": int(tokens * r) for r in args.ratios}
         runs: dict[str, Factory] = {
             name: partial(
-                some_projections, layer, x, pack, torch.randperm(tokens)[:count].sort()[0]
+                some_projections, layer, x, batch, torch.randperm(tokens)[:count].sort()[0]
             )
             for name, count in kept.items()
         }
@@ -74,10 +74,10 @@ def bench_projections(model: Model, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def some_projections(layer: Attention, x: Tensor, pack: Pack, rows: Tensor) -> Callable:
+def some_projections(layer: Attention, x: Tensor, batch: Batch, rows: Tensor) -> Callable:
     def work() -> None:
-        q = layer.queries(x, pack, rows)
-        layer.values(x, pack, [rows])
+        q = layer.rotated(layer.q_proj, x, batch, rows)
+        layer.v_proj(x[rows])
         layer.o_proj(q.flatten(1))
 
     return work

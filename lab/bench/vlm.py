@@ -8,7 +8,6 @@ import torch
 
 from zipvl.config import MediaConfig, ModelConfig, Section
 from zipvl.engine.engine import Engine
-from zipvl.engine.progress import Progress
 from zipvl.model import kernels
 from zipvl.model.chat import Chat
 from zipvl.model.layouts import CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M, read_vision
@@ -66,4 +65,4 @@ def random_engine(
         model.lm_head.weight = model.text.embed_tokens.weight
     backend, attend = kernels.pick(attn, model.device, dtype, config.text.head_dim)
     chat = cast(Chat, NoText(config.text.vocab_size))
-    return Engine(model, chat, backend, attend, Progress(False))
+    return Engine(model, chat, backend, attend)

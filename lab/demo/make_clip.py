@@ -1,6 +1,6 @@
 """Makes the bundled clip and picture, and knows the questions their README asks.
 
-    python -m lab.demo.make_clip
+python -m lab.demo.make_clip
 """
 
 from pathlib import Path

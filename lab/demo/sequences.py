@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from zipvl.model.batch import Rotate, rope_table
 from zipvl.model.decoder import Block, Decoder, RMSNorm
-from zipvl.model.rope import rope_table, rotate
 from zipvl.model.vlm import VLM
 from zipvl.vision.merge import pool_frames
 
@@ -128,6 +128,7 @@ def hidden(text: Decoder, x: Tensor, batch: Sequences, weight: Tensor | None = N
     bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None]  # [B, 1, L, L]
     bias = bias if weight is None else bias + weight[:, None, None]
     config = text.config
+    rotate = Rotate()
     cos, sin = rope_table(batch.positions.flatten(), config, x.dtype)
 
     def norm(layer: RMSNorm, x: Tensor) -> Tensor:

@@ -17,11 +17,10 @@ from typing import cast
 
 from tqdm import tqdm
 
-from zipvl.engine.engine import Engine
+from zipvl.engine.engine import Engine, Result
 from zipvl.engine.load import load
-from zipvl.engine.run import Result
 from zipvl.errors import UsageError, ZipvlError
-from zipvl.policy import load_policy
+from zipvl.policies import load_policy
 
 from .report import Answer, heat_map, markdown, table
 from .tasks import LARGEST, Item, same_answer, split_methods, task_items

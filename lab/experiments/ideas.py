@@ -6,59 +6,61 @@ Each class changes one thing. `fill=zero` gives the same change of the paper's m
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipvl.policies.fixed import Fixed
-from zipvl.policies.zipvl import ZipVL
+from zipvl.policies.zipvl import Fixed, ZipVL
 from zipvl.policy import Plan, View
 
 
+@dataclass(repr=False, kw_only=True)
 class Idea(ZipVL):
-    """ZipVL with the options that the experiments vary."""
+    """ZipVL, with what helped most so far for left-out tokens."""
 
-    def __init__(self, tau: float = 0.975, always: str = "text", fill: str = "previous",
-                 divisor: str = "probes", recent: int = 64, random: int = 64):  # fmt: skip
-        super().__init__(tau, recent, random, always, divisor, fill)
+    fill: str = "previous"
 
 
-class ValueNorm(Idea):
+class ByHeads(Idea):
+    """Which tokens: by another score of the masses that the heads give them."""
+
+    def plan(self, view: View) -> Plan:
+        if self.keeps_all():
+            return Plan()
+        rows = self.probe(view)
+        heads = view.mass(rows)  # [H, T]
+        score = self.score(view, self.weigh(view, heads), rows)
+        return self.keep(view, score, self.budget(heads.mean(0)))
+
+    def weigh(self, view: View, heads: Tensor) -> Tensor:
+        """[H, T] -> [T]."""
+        return heads.mean(0)
+
+
+class ValueNorm(ByHeads):
     """Which tokens: mass x norm of the value, per head: what a token adds, not how often it is
     read (Guo et al. 2406.12335)."""
 
-    def plan(self, view: View) -> Plan:
-        if view.mass is None:
-            return Plan()
-        view.state["norms"] = view.v.float().norm(dim=-1)  # [G, T]
-        view.state["heads"] = view.mass
-        return super().plan(view)
-
-    def score(self, view: View, mass: Tensor) -> Tensor:
-        heads, norms = view.state["heads"], view.state["norms"]  # [H, T], [G, T]
+    def weigh(self, view: View, heads: Tensor) -> Tensor:
+        norms = view.v.float().norm(dim=-1)  # [G, T]
         weighted = heads.unflatten(0, (len(norms), -1)) * norms[:, None]
-        return super().score(view, weighted.flatten(0, 1).mean(0))
+        return weighted.flatten(0, 1).mean(0)
 
 
-class HeadMax(Idea):
+class HeadMax(ByHeads):
     """Which tokens: the largest mass of any head, so that a specialised head is heard."""
 
-    def plan(self, view: View) -> Plan:
-        if view.mass is not None:
-            view.state["largest"] = view.mass.amax(0)
-        return super().plan(view)
-
-    def score(self, view: View, mass: Tensor) -> Tensor:
-        return super().score(view, view.state["largest"])
+    def weigh(self, view: View, heads: Tensor) -> Tensor:
+        return heads.amax(0)
 
 
 class Pooled(Idea):
     """Which tokens: scores are max-pooled over 5 neighbours, as SnapKV does."""
 
-    def score(self, view: View, mass: Tensor) -> Tensor:
-        return F.max_pool1d(super().score(view, mass)[None], 5, 1, 2)[0]
+    def score(self, view: View, mass: Tensor, rows: Tensor) -> Tensor:
+        return F.max_pool1d(super().score(view, mass, rows)[None], 5, 1, 2)[0]
 
 
 class FirstDense(Idea):
@@ -66,8 +68,8 @@ class FirstDense(Idea):
 
     first = 2
 
-    def probe(self, view: View) -> Tensor | None:
-        return super().probe(view) if view.layer >= self.first else None
+    def plan(self, view: View) -> Plan:
+        return super().plan(view) if view.layer >= self.first else Plan()
 
 
 class KeepRecent(Idea):
@@ -82,9 +84,9 @@ class KeepRecent(Idea):
 class QuestionProbes(Idea):
     """Probes are the prompt's tokens behind the last visual one: the question. No random rows."""
 
-    def probe(self, view: View) -> Tensor | None:
+    def probe(self, view: View) -> Tensor:
         visual = view.is_visual.nonzero()
-        if self.keeps_all() or not len(visual):
+        if not len(visual):
             return super().probe(view)
         return torch.arange(min(int(visual[-1]) + 1, view.length - 1), view.length)
 
@@ -92,7 +94,7 @@ class QuestionProbes(Idea):
 class SqrtProbes(Idea):
     """As many probe rows as 128 at 1,024 tokens, growing with the square root of the prompt."""
 
-    def probe(self, view: View) -> Tensor | None:
+    def probe(self, view: View) -> Tensor:
         half = max(1, round(64 * math.sqrt(view.length / 1024)))
         rows = Idea(self.tau, recent=half, random=half)
         return rows.probe(view)
@@ -112,13 +114,18 @@ class CacheOnly(Idea):
         return replace(super().plan(view), attend=None)
 
 
+@dataclass(repr=False, kw_only=True)
 class Profile(Fixed):
     """A fixed ratio for each layer, `ratios` with slashes: adaptive to layers, not to prompts."""
 
-    def __init__(self, ratios: str = "0.4", always: str = "text", fill: str = "zero"):
-        self.ratios, self.kept = ratios, [float(r) for r in str(ratios).split("/")]
-        super().__init__(sum(self.kept) / len(self.kept), always=always, fill=fill)
+    ratios: str = "0.4"
+    ratio: float = field(default=0.4, init=False)  # their mean
+
+    def __post_init__(self) -> None:
+        self.kept = [float(r) for r in str(self.ratios).split("/")]
+        self.ratio = sum(self.kept) / len(self.kept)
+        super().__post_init__()
 
     def plan(self, view: View) -> Plan:
-        ratio = self.kept[view.layer]
-        return Fixed(ratio, always=self.always, divisor=self.divisor, fill=self.fill).plan(view)
+        one = Fixed(self.kept[view.layer], always=self.always, divisor=self.divisor, fill=self.fill)
+        return one.plan(view)

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zipvl.engine.engine import Result
 from zipvl.engine.inputs import Inputs
-from zipvl.engine.run import Result
-from zipvl.model.decoder import Block, Decoder, Prefilled
-from zipvl.model.pack import Pack
+from zipvl.engine.stats import Counted
+from zipvl.model.batch import Batch
+from zipvl.model.cache import Cache
+from zipvl.model.decoder import Block, Decoder
 from zipvl.policy import Plan
 
 from ..bench.model import Model
@@ -65,20 +67,21 @@ def sparse_mlps(decoder: Decoder, start: float) -> Iterator[None]:
     finally:
         for block in chosen:
             block.mlp = cast(KeptMLP, block.mlp).mlp  # type: ignore[assignment]
-            del block.self_attn.plan
+            del block.self_attn.prefill
 
 
 def watch(block: Block) -> None:
     """Puts a KeptMLP in the block, and tells it which rows its attention kept."""
-    mlp, plan = KeptMLP(block.mlp), block.self_attn.plan
+    mlp, prefill = KeptMLP(block.mlp), block.self_attn.prefill
 
-    def noted(x: Tensor, k: Tensor, pack: Pack, b: int, *rest: Any) -> Plan:
-        made = plan(x, k, pack, b, *rest)
-        mlp.note(made, pack.spans.lengths[b])
-        return made
+    def noted(x: Tensor, batch: Batch, *rest: Any) -> tuple[Tensor, list[Plan], Cache | None]:
+        out, plans, cache = prefill(x, batch, *rest)
+        for plan, length in zip(plans, batch.spans.lengths, strict=True):
+            mlp.note(plan, length)
+        return out, plans, cache
 
     block.mlp = mlp  # type: ignore[assignment]
-    block.self_attn.plan = noted  # type: ignore[method-assign, assignment]
+    block.self_attn.prefill = noted  # type: ignore[method-assign, assignment]
 
 
 def everywhere(methods: Iterable[str]) -> dict[str, tuple[str, float]]:
@@ -191,7 +194,7 @@ SPEED_COLUMNS = {
     "seconds": "CPU seconds a thread (95 %)", "faster": "dense / this (95 %)",
     "gain": "with dense MLPs / this (95 %)",
 }  # fmt: skip
-Prefill = Callable[[Tensor, str], Prefilled]
+Prefill = Callable[[Tensor, str], Counted]
 
 
 def subject(job: Job) -> tuple[Decoder, Prefill, list[Tensor], list[str]]:
@@ -200,7 +203,7 @@ def subject(job: Job) -> tuple[Decoder, Prefill, list[Tensor], list[str]]:
     if job.model:
         engine = job.engine
 
-        def prefill(ids: Tensor, method: str) -> Prefilled:
+        def prefill(ids: Tensor, method: str) -> Counted:
             inputs = Inputs(ids[:tokens], torch.zeros(tokens, dtype=torch.bool), [])
             return engine.prefill([inputs], policy(method), 1, {})
 
@@ -225,7 +228,7 @@ def run_speed(job: Job) -> None:
 
     def measure(ids: Any, method: str) -> list[Record]:
         name, start = methods[method]
-        last: list[Prefilled] = []
+        last: list[Counted] = []
         with sparse_mlps(decoder, start):
             seconds = timed(device, "cpu", lambda: last.append(prefill(ids, name)))
         ratios = [s.ratio for s in last[0].layers]

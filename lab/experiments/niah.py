@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from zipvl.engine.engine import Result
 from zipvl.engine.inputs import Inputs, Media
-from zipvl.engine.run import Result
 from zipvl.engine.watch import HELD
 from zipvl.vision.merge import count_tokens_video, merge_video
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zipvl.model.scores import count_seen, probe_mass
 from zipvl.policies.zipvl import ZipVL
 from zipvl.policy import Plan, Policy, View
 
@@ -45,11 +44,8 @@ def all_rows(view: View) -> Tensor:
 def chosen(view: View, whole: Tensor, method: ZipVL) -> tuple[Tensor, int]:
     """The tokens [p] `method` picks by its probe rows, and its p; `whole` [T] is all_rows()."""
     rows = method.probe(view)
-    assert rows is not None
-    q, k = view.q.transpose(0, 1), view.k.transpose(0, 1)
-    mass = whole if len(rows) == view.length else probe_mass(q[rows], k, rows).mean(0)
-    seen = count_seen(rows, view.length)
-    kept = method.plan(replace(view, mass=mass[None], seen=seen)).attend
+    mass = whole if len(rows) == view.length else view.mass(rows).mean(0)
+    kept = method.plan(replace(view, score=lambda rows: mass[None])).attend
     assert kept is not None
     return kept, method.budget(mass)
 
@@ -67,7 +63,7 @@ class Study(Policy):
 
     def plan(self, view: View) -> Plan:
         whole = all_rows(view)
-        true, p = chosen(view, whole, ZipVL(self.tau, view.length, 0, "none"))
+        true, p = chosen(view, whole, ZipVL(self.tau, recent=view.length, random=0, always="none"))
         share = whole / whole.sum()
         for name, method in self.methods.items():
             kept, n = chosen(view, whole, method)
@@ -87,10 +83,14 @@ def methods(tau: float, length: int, seed: int) -> dict[str, ZipVL]:
     root = max(2, round(128 * math.sqrt(length / 1024)))  # as many as 128 at 1,024 tokens
     choices = {f"{r} recent + {n} random": (r, n) for r, n in CHOICES}
     choices |= {f"sqrt(T): {root // 2} + {root // 2}": (root // 2, root // 2)}
-    made = {name: ZipVL(tau, r, n, "none", seed=seed) for name, (r, n) in choices.items()}
-    made |= {f"64 + 64, divisor {d}": ZipVL(tau, 64, 64, "none", d, seed=seed)
-             for d in ("all", "none")}  # fmt: skip
-    return made | {"all rows, divisor none": ZipVL(tau, length, 0, "none", "none")}
+    made = {
+        name: ZipVL(tau, recent=r, random=n, always="none", seed=seed)
+        for name, (r, n) in choices.items()
+    }
+    for d in ("all", "none"):
+        made[f"64 + 64, divisor {d}"] = ZipVL(tau, always="none", divisor=d, seed=seed)
+    whole = ZipVL(tau, recent=length, random=0, always="none", divisor="none")
+    return made | {"all rows, divisor none": whole}
 
 
 def rows(found: list[Record], key: str) -> list[Record]:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from zipvl.engine.engine import Engine
 from zipvl.engine.load import load
 from zipvl.errors import UsageError
-from zipvl.policy import Policy, load_policy
+from zipvl.policies import load_policy
+from zipvl.policy import Policy
 
 from .stats import rounded
 

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
-from zipvl.engine.stats import layer_rows
+from zipvl.engine.stats import Counted, layer_rows
 from zipvl.errors import UsageError
-from zipvl.model.decoder import Prefilled
-from zipvl.model.kernels import Spans
-from zipvl.model.pack import Pack
+from zipvl.model.batch import Batch, Spans
 from zipvl.policy import Policy
 
 from .runner import Job, Record, policy
@@ -44,7 +42,7 @@ def windows(engine: Engine, tokens: int, samples: int, seed: int) -> list[Tensor
 
 
 @torch.inference_mode()
-def continuation(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, Prefilled]:
+def continuation(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, Counted]:
     """Mean loss in nats of ids' last TAIL tokens after a prompt of all before them."""
     prompt, tail = ids[:-TAIL], ids[-TAIL:].to(engine.model.device)
     inputs = Inputs(prompt, torch.zeros(len(prompt), dtype=torch.bool), [])
@@ -53,7 +51,7 @@ def continuation(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, Pr
     return float(torch.nn.functional.cross_entropy(engine.model.logits(hidden), tail)), out
 
 
-def follow(engine: Engine, out: Prefilled, ids: Tensor, start: int) -> Tensor:
+def follow(engine: Engine, out: Counted, ids: Tensor, start: int) -> Tensor:
     """Hidden states [n, C] of n known tokens that follow a prompt, over the caches it left.
 
     All at once what decoding does token by token (for methods that evict nothing meanwhile).
@@ -61,15 +59,16 @@ def follow(engine: Engine, out: Prefilled, ids: Tensor, start: int) -> Tensor:
     model, n = engine.model.text, len(ids)
     positions = torch.arange(start, start + n, device=ids.device)
     x = model.embed_tokens(ids)
-    pack = Pack.build([n], positions, torch.zeros_like(positions) > 0, model.config, x.dtype)
+    text = torch.zeros_like(positions, dtype=torch.bool)
+    batch = Batch.build([n], positions, text, model.config, x.dtype)
     for block, cache in zip(model.blocks(), out.caches, strict=True):
         layer, h = block.self_attn, block.input_layernorm(x)
         k, v, spans = cache.read()
         [at] = spans.slices()
-        k = torch.cat((k[at], layer.keys(h, pack)))
-        v = torch.cat((v[at], layer.v_proj(h).unflatten(-1, (-1, layer.config.head_dim))))
-        q = layer.queries(h, pack, slice(None))
-        o = engine.attend(q, k, v, pack.spans, Spans([len(k)], k.device))
+        k = torch.cat((k[at], layer.rotated(layer.k_proj, h, batch)))
+        v = torch.cat((v[at], layer.heads(layer.v_proj(h))))
+        q = layer.rotated(layer.q_proj, h, batch)
+        o = engine.attend(q, k, v, batch.spans, Spans([len(k)], k.device))
         x = block.feed_forward(x + layer.o_proj(o.flatten(1)))
     return model.norm(x)
 

@@ -27,10 +27,12 @@ from lab.experiments.runner import Job, cell, policy, table
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
+from zipvl.model.attention import probe_mass
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
+from zipvl.policies import METHODS, load_policy
 from zipvl.policies.zipvl import ZipVL
-from zipvl.policy import METHODS, Policy, View, load_policy
+from zipvl.policy import Notes, Policy, View
 from zipvl.testing import check_policy
 from zipvl.testing.toy import Toy
 
@@ -220,7 +222,10 @@ def some_view(T: int = 90, H: int = 4, G: int = 2, D: int = 8) -> View:
     chance = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(n, T, D, generator=chance) for n in (H, G, G))
     place = torch.arange(T)
-    return View(1, 3, k, place, place % 3 > 0, lambda: q, lambda: v)
+    return View(
+        1, 3, k, place, place % 3 > 0, Notes(T), lambda: q, lambda: v,
+        lambda rows: probe_mass(q.transpose(0, 1)[rows], k.transpose(0, 1), rows),
+    )  # fmt: skip
 
 
 def test_mass_of_all_rows_is_the_heads_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +239,10 @@ def test_mass_of_all_rows_is_the_heads_mean(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_all_rows_find_themselves() -> None:
-    all_rows = {"all": ZipVL(0.9, 90, 0, "none"), "few": ZipVL(0.9, 4, 4, "none")}
+    all_rows = {
+        "all": ZipVL(0.9, recent=90, random=0, always="none"),
+        "few": ZipVL(0.9, recent=4, random=4, always="none"),
+    }
     watch = probe_study.Study(0.9, all_rows)
     assert watch.plan(some_view()).attend is None
     found = watch.record()
@@ -305,14 +313,14 @@ def test_sparse_mlps(engine: Engine) -> None:
         blocks[1].register_forward_pre_hook(lambda *_: None),
         blocks[1].input_layernorm.register_forward_hook(lambda m, i, o: inner.append(i[0])),
     ]
-    original = blocks[1].self_attn.plan
-    blocks[1].self_attn.plan = lambda *a: kept.append(original(*a)) or kept[-1]
+    original = blocks[1].self_attn.prefill
+    blocks[1].self_attn.prefill = lambda *a: kept.append(original(*a)) or kept[-1]
     engine.prefill([prompt], sparse, None, {})
-    del blocks[1].self_attn.plan
+    del blocks[1].self_attn.prefill
     for hook in hooks:
         hook.remove()
     out = torch.ones(300, dtype=torch.bool)
-    out[kept[0].attend] = False
+    out[kept[0][1][0].attend] = False
     assert out.any()
     torch.testing.assert_close(got[~out], before[~out])
     # fill=zero: nothing is added to a left-out token in this layer at all

@@ -7,21 +7,22 @@ Decoder.decode. What a method keeps is decided by its policy inside the attentio
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from ..errors import UsageError
-from ..model import kernels
-from ..model.attention import Pack
+from ..errors import ModelError, UsageError, memory_errors
+from ..model.batch import Batch, join
+from ..model.cache import Cache
 from ..model.chat import Chat
-from ..model.decoder import Prefilled
-from ..model.tokens import join
+from ..model.kernels import Attend
 from ..model.vlm import VLM
-from ..policy import Policy, load_policy
-from .graph import Step
+from ..policies import load_policy
+from ..policy import Notes, Policy
 from .inputs import (
     ImageSource,
     Inputs,
@@ -32,14 +33,30 @@ from .inputs import (
     conversation,
     read_image,
 )
-from .memory import memory_errors
-from .progress import Progress
-from .run import Result, Run
 from .sampler import Sampling
-from .stats import Clock
+from .stats import (
+    Clock,
+    Counted,
+    LayerStats,
+    Recorder,
+    Stats,
+    layer_rows,
+    peak_memory,
+    restart_peak,
+)
 from .watch import read_clip
 
 CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer; the stop token is not in `tokens`."""
+
+    text: str
+    tokens: list[int]
+    stats: Stats
+    finish_reason: str  # stop | length
 
 
 @dataclass(frozen=True)
@@ -51,16 +68,43 @@ class Piece:
     result: Result | None = None
 
 
+class Step:
+    """Decode steps over one batch's caches; engine/speed.py has one that a CUDA graph repeats."""
+
+    def __init__(self, model: VLM, caches: Sequence[Cache], notes: list[Notes], policy: Policy,
+                 attend: Attend):  # fmt: skip
+        self.model, self.caches, self.notes = model, caches, notes
+        self.policy, self.attend = policy, attend
+
+    @classmethod
+    def check(cls, policy: Policy) -> None:
+        """Raises UsageError, before the prefill, for a method that cannot be decoded this way."""
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """One more token per sequence, `ids` at `positions` [B] -> float32 logits [B, V]."""
+        text, x = self.model.text, self.model.text.embed_tokens(ids)
+        hidden = text.decode(x, positions, self.caches, self.policy, self.attend, self.notes)
+        return self.model.logits(hidden)
+
+
 class Engine:
     """A model, its tokenizer and an attention backend. One request or batch at a time."""
 
-    def __init__(
-        self, model: VLM, chat: Chat, backend: str, attend: kernels.Attend, progress: Progress,
-        step: type[Step] = Step,
-    ):  # fmt: skip
+    def __init__(self, model: VLM, chat: Chat, backend: str, attend: Attend,
+                 show_progress: bool = False, step: type[Step] = Step):  # fmt: skip
         self.model, self.chat, self.config = model, chat, model.config
-        self.backend, self.attend, self.progress = backend, attend, progress
-        self.step, self.chunk = step, CHUNK.get(model.device.type)
+        self.backend, self.attend = backend, attend
+        self.show_progress, self.step = show_progress, step
+        self.chunk = CHUNK.get(model.device.type)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], object]]:
+        """`with engine.progress("encode frames", 64) as step: step(16)`; a bar on stderr."""
+        silent = not self.show_progress or total < 2
+        with tqdm(
+            total=total, desc=f"{label:<13}", leave=False, dynamic_ncols=True, disable=silent
+        ) as bar:
+            yield bar.update
 
     def prepare(
         self,
@@ -101,10 +145,12 @@ class Engine:
                video: VideoSource | None = None) -> Tensor:  # fmt: skip
         """float32 [T, V] at every position; NaN where the token left the stream (FastV)."""
         inputs = self.prepared(inputs, images, video)
-        out = self.prefill([inputs], load_policy(method), None, {})
+        policy = load_policy(method)
+        notes = self.take_notes([inputs], policy, 1)
+        out = self.prefill([inputs], policy, None, {}, notes)
         logits = self.model.logits(out.hidden)
         full = logits.new_full((len(inputs), logits.shape[1]), torch.nan)
-        return full.index_copy(0, out.pack.positions, logits)
+        return full.index_copy(0, out.batch.positions, logits)
 
     def generate(self, inputs: Inputs | str | Sequence[Inputs | str],
                  method: str | Policy = "zipvl", max_new_tokens: int = 256,
@@ -154,27 +200,170 @@ class Engine:
                 m.features = self.model.encode(m.crops, m.geometry, progress=step)
         return [m.features for m in inputs.media if m.features is not None]
 
-    def prefill(self, batch: list[Inputs], policy: Policy, room: int | None,
-                seconds: dict[str, float]) -> Prefilled:  # fmt: skip
-        """Encodes media and runs all layers over the packed prompts; adds stage seconds."""
+    def prefill(
+        self,
+        inputs: list[Inputs],
+        policy: Policy,
+        room: int | None,
+        seconds: dict[str, float],
+        notes: list[Notes] | None = None,
+    ) -> Counted:
+        """Encodes media and runs all layers over the packed prompts; adds stage seconds.
+
+        `room`: new tokens that the caches must hold, None for no caches. `notes`: one a prompt,
+        None for fresh ones.
+        """
         model, device, clock = self.model, self.model.device, Clock(self.model.device)
-        lengths = [len(i) for i in batch]
+        lengths = [len(i) for i in inputs]
         advice = "use fewer --frames, a smaller --tau or --keep-ratio, or --dtype bfloat16"
         with memory_errors(device, f"prefilling {sum(lengths)} tokens", advice):
-            with clock("vision"):
-                features = [self.encode(i) for i in batch]
-            with (
-                clock("prefill"),
-                self.progress("prefill layers", self.config.text.num_layers) as step,
-            ):
-                ids = [(i.input_ids.to(device), i.is_visual.to(device)) for i in batch]
+            features = [self.encode(i) for i in inputs]
+            clock.lap("vision")
+            with self.progress("prefill layers", self.config.text.num_layers) as step:
+                ids = [(i.input_ids.to(device), i.is_visual.to(device)) for i in inputs]
                 x = join([model.embed(*i, f) for i, f in zip(ids, features, strict=True)])
                 positions = join([torch.arange(n, device=device) for n in lengths])
                 visual = join([v for _, v in ids])
-                pack = Pack.build(lengths, positions, visual, self.config.text, model.dtype)
-                out = model.text.prefill(
-                    x, pack, policy, self.attend, room, self.chunk, lambda _: step(1)
-                )
+                notes = notes or [Notes(n, room or 0) for n in lengths]
+                text, dtype = self.config.text, model.dtype
+                batch = Batch.build(lengths, positions, visual, text, dtype, notes)
+                recorder = Recorder(device, step)
+                out = model.text.prefill(x, batch, policy, self.attend, room, self.chunk, recorder)
+            clock.lap("prefill")
         seconds |= clock.pop()
-        seconds["vision"] += sum(i.vision_seconds for i in batch)
-        return out
+        seconds["vision"] += sum(i.vision_seconds for i in inputs)
+        return recorder.counted(out)
+
+    def take_notes(self, inputs: list[Inputs], policy: Policy, new: int) -> list[Notes]:
+        """Notes for each prompt: fresh ones, or what the method's scout wrote while it answered."""
+        if policy.scout is None:
+            return [Notes(len(i), new) for i in inputs]
+        run = Run(self, inputs, policy.scout, Sampling())
+        for _ in run.steps(new, ignore_eos=False):
+            pass
+        return run.notes
+
+
+class Run:
+    """One call of generate: prefill, then a token a step for every sequence until it stops. Lists
+    have one entry a sequence."""
+
+    def __init__(self, engine: Engine, inputs: list[Inputs], policy: Policy, sampling: Sampling):
+        self.engine, self.inputs, self.policy, self.sampling = engine, inputs, policy, sampling
+        self.tokens: list[list[int]] = [[] for _ in inputs]
+        self.reasons = ["length"] * len(inputs)
+        self.seconds: dict[str, float] = {"video": sum(i.seconds for i in inputs)}
+        self.layers: list[LayerStats] = []
+        self.notes: list[Notes] = []
+        self.room = 0  # new tokens the caches have places for
+
+    @torch.inference_mode()
+    def steps(self, max_new_tokens: int, ignore_eos: bool) -> Iterator[list[tuple[int, int]]]:
+        """Yields after each step the (sequence, token) pairs it made, stop tokens left out."""
+        # 1 what would fail later is told before the work
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+        engine, model = self.engine, self.engine.model
+        self.check_window(max_new_tokens)
+        engine.step.check(self.policy)
+        # 2 prefill: all prompts at once
+        restart_peak(model.device)
+        self.room, clock = max_new_tokens, Clock(model.device)
+        self.notes = engine.take_notes(self.inputs, self.policy, max_new_tokens)
+        if self.policy.scout is not None:
+            clock.lap("scout")
+        out = engine.prefill(self.inputs, self.policy, max_new_tokens, self.seconds, self.notes)
+        self.layers, caches = out.layers, out.caches
+        logits = self.first_logits(out.hidden, out.batch)
+        del out  # as long as the prompts
+        # 3 decode: choose a token each, let those that stop leave, run the others one step on
+        decode = engine.step(model, caches, self.notes, self.policy, engine.attend)
+        generators = [self.sampling.generator() for _ in self.inputs]
+        stops = frozenset() if ignore_eos else engine.chat.stop_ids
+        live = list(range(len(self.inputs)))
+        for step in range(max_new_tokens):
+            clock.start()
+            logits[:, engine.chat.vocab_size :] = -torch.inf  # rows of padding, not tokens
+            new = [
+                self.sampling.choose(row, generators[b])
+                for b, row in zip(live, logits, strict=True)
+            ]
+            clock.lap("decode")
+            stay = [i for i, token in enumerate(new) if token not in stops]
+            for b in set(live) - {live[i] for i in stay}:
+                self.reasons[b] = "stop"
+            new, kept = [new[i] for i in stay], [live[i] for i in stay]
+            for b, token in zip(kept, new, strict=True):
+                self.tokens[b].append(token)
+            self.seconds |= clock.seconds
+            yield list(zip(kept, new, strict=True))
+            if not kept or step + 1 == max_new_tokens:
+                return
+            advice = "ask for fewer --max-new-tokens, or use fewer --frames"
+            clock.start()
+            with memory_errors(model.device, "decoding", advice):
+                if kept != live:
+                    caches, live = [cache.drop(stay) for cache in caches], kept
+                    notes = [self.notes[b] for b in live]
+                    decode = engine.step(model, caches, notes, self.policy, engine.attend)
+                ids = torch.tensor(new, device=model.device)
+                at = [len(self.inputs[b]) + step for b in live]
+                logits = decode(ids, torch.tensor(at, device=model.device))
+            clock.lap("decode")
+
+    def check_window(self, max_new_tokens: int) -> None:
+        """Answers, too, must stay inside a sliding window; the last token is never attended to."""
+        window = self.engine.config.text.sliding_window
+        longest = max(len(i) for i in self.inputs)
+        if window and longest + max_new_tokens - 1 > window:
+            raise UsageError(
+                f"{longest} prompt tokens and {max_new_tokens} new ones do not fit this model's "
+                f"attention window of {window}: ask for fewer --max-new-tokens"
+            )
+
+    def first_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Logits [B, V] of each prompt's last token, checked to be numbers."""
+        ends = batch.spans.edges[1:].long() - 1
+        lengths = torch.tensor([len(i) for i in self.inputs], device=ends.device)
+        if not torch.equal(batch.positions[ends], lengths - 1):
+            raise UsageError(
+                "the method dropped the prompt's last token, which makes the first answer token"
+            )
+        logits = self.engine.model.logits(hidden[ends])
+        if not torch.isfinite(logits).all():
+            raise ModelError(
+                "the model's first logits are NaN or infinite: with float16 use --dtype bfloat16 "
+                "or float32; with those, the weights are damaged"
+            )
+        return logits
+
+    def result(self, sequence: int) -> Result:
+        """What sequence number `sequence` of the batch answered."""
+        inputs, tokens, text = self.inputs[sequence], self.tokens[sequence], self.engine.config.text
+        dtype = self.engine.model.dtype
+        per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
+        stages: dict[str, float] = {}
+        for layer in self.layers:
+            for name, value in layer.seconds.items():
+                stages[f"prefill_{name}"] = stages.get(f"prefill_{name}", 0.0) + value
+        return Result(
+            text=self.engine.chat.decode(tokens),
+            tokens=tokens,
+            finish_reason=self.reasons[sequence],
+            stats=Stats(
+                method=repr(self.policy),
+                prompt_tokens=len(inputs),
+                visual_tokens=int(inputs.is_visual.sum()),
+                new_tokens=len(tokens),
+                batch=len(self.inputs),
+                seconds=self.seconds | stages,
+                layers=layer_rows(self.layers, sequence, len(inputs)),
+                kv_bytes_dense=(len(inputs) + self.room) * per_token,
+                peak_memory=peak_memory(self.engine.model.device),
+                frames=[
+                    {"index": i, "time": t}
+                    for m in inputs.media if m.clip
+                    for i, t in zip(m.clip.indices, m.clip.times, strict=True)
+                ],
+            ),
+        )  # fmt: skip

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..vision.merge import count_tokens_image
 from ..vision.video import Clip
 
 Message = dict[str, Any]
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]  # label, total
 
 
 @dataclass

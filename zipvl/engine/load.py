@@ -4,17 +4,13 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, memory_errors
 from ..model import kernels
 from ..model.chat import Chat
-from ..model.compiled import compile_rows
 from ..model.layouts import read_config
 from ..model.weights import find_checkpoint, load_weights
-from ..model.weights_only import check_kind, pack_weights
-from .engine import Engine
-from .graph import GraphStep, Step
-from .memory import memory_errors
-from .progress import Progress
+from .engine import Engine, Step
+from .speed import GraphStep, check_kind, compile_rows, pack_weights
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -55,7 +51,7 @@ def load(
             f"{config.text.vocab_size}: tokenizer and weights belong to different models"
         )
     step = GraphStep if compile and place.type == "cuda" else Step
-    return Engine(vlm, chat, backend, attend, Progress(show_progress), step)
+    return Engine(vlm, chat, backend, attend, show_progress, step)
 
 
 def pick_device(device: str) -> torch.device:

@@ -2,16 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from ..policy import Plan
-    from .cache import Cache
+from ..model.decoder import Observer, Prefilled
+from ..policy import Plan
 
 
 class Clock:
@@ -20,19 +18,22 @@ class Clock:
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.seconds: dict[str, float] = {}
+        self.start()
 
     def now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+    def start(self) -> None:
+        """What comes now counts, what came before does not."""
+        self.since = self.now()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap or start went into `name`."""
+        now = self.now()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
+        self.since = now
 
     def pop(self) -> dict[str, float]:
         seconds, self.seconds = self.seconds, {}
@@ -46,33 +47,52 @@ class LayerStats:
     tokens: list[int]  # tokens that entered the layer
     attended: list[int]  # tokens in this layer's attention
     pairs: list[int]  # query-key pairs of that attention, before the causal half is left out
+    seconds: dict[str, float]  # probe, select, attend, rest; of the whole batch
     cached: list[int]  # tokens whose keys and values stay
     kv_bytes: list[int]  # storage of the sequence's part of the cache, room for new tokens included
-    seconds: dict[str, float]  # probe, select, attend, rest; of the whole batch
 
     @classmethod
-    def of(cls, lengths: list[int], plans: "list[Plan]", cache: "Cache | None",
-           seconds: dict[str, float]) -> "LayerStats":  # fmt: skip
+    def of(cls, lengths: list[int], plans: list[Plan], seconds: dict[str, float]) -> "LayerStats":
+        """A layer that caches nothing so far."""
         both = list(zip(lengths, plans, strict=True))
         attended = [n if p.attend is None else len(p.attend) for n, p in both]
         rows = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
-        return cls(
-            tokens=list(lengths),
-            attended=attended,
-            pairs=[a * r for a, r in zip(attended, rows, strict=True)],
-            cached=list(cache.spans.lengths) if cache else [0] * len(lengths),
-            kv_bytes=cache.sequence_bytes() if cache else [0] * len(lengths),
-            seconds=seconds,
-        )
-
-    def add_seconds(self, seconds: dict[str, float]) -> None:
-        for name, value in seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        pairs, none = [a * r for a, r in zip(attended, rows, strict=True)], [0] * len(lengths)
+        return cls(list(lengths), attended, pairs, seconds, none, none)
 
     @property
     def ratio(self) -> float:
         """Share of the tokens that took part in attention, over the batch."""
         return sum(self.attended) / max(1, sum(self.tokens))
+
+
+class Recorder(Observer):
+    """The LayerStats of a prefill, as it goes on."""
+
+    def __init__(self, device: torch.device, progress: Callable[[int], object] = lambda n: None):
+        """`progress(1)` is called behind each layer."""
+        self.clock, self.progress = Clock(device), progress
+        self.layers: list[LayerStats] = []
+
+    def lap(self, stage: str) -> None:
+        self.clock.lap(stage)
+
+    def layer(self, lengths: list[int], plans: list[Plan]) -> None:
+        self.layers.append(LayerStats.of(lengths, plans, self.clock.pop()))
+        self.progress(1)
+
+    def counted(self, out: Prefilled) -> "Counted":
+        """The prefill with its layers, and what their caches, if there are any, hold at its end."""
+        for layer, cache in zip(self.layers, out.caches, strict=False):
+            layer.cached, layer.kv_bytes = list(cache.spans.lengths), cache.sequence_bytes()
+        return Counted(out.hidden, out.batch, out.caches, self.layers)
+
+
+@dataclass(frozen=True)
+class Counted(Prefilled):
+    """What a prefill leaves behind, and what it did."""
+
+    layers: list[LayerStats]
 
 
 @dataclass

@@ -11,8 +11,7 @@ from ..model.vlm import VLM
 from ..vision.image import fit_frame
 from ..vision.merge import count_tokens_video, merge_video
 from ..vision.video import Clip, read_video
-from .inputs import Media, VideoSource
-from .progress import Progress
+from .inputs import Media, Progress, VideoSource
 
 HELD = 128  # frames that may wait; whole batches, so that waiting does not change features
 BATCH = 16  # frames in the tower at a time

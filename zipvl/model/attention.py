@@ -5,37 +5,39 @@
    v
  k [T, G, D] ----------------------------------------------------------.
    |                                                                    |
-   |  1 probe     rows = policy.probe(view)      [P], about 128         |
-   |  2 score     mass [H, T], seen [T]          causal softmax of those rows, a block at a time
+   |  1 probe     queries of some rows           those that the policy asks for, view.mass(rows)
+   |  2 score     mass [H, T]                    causal softmax of those rows, a block at a time
    |  3 select    plan = policy.plan(view)       attend [K], cache [K'] or [G, K'], stream [K'']
    v                                                                    v
-   4 attend    q, v of `attend` only; one      5 compact   k, v of `cache`, copied into a cache of
-   |           packed call for the batch                   exactly that size (engine/cache.py)
+   4 attend    q, k, v of `attend` only; one   5 compact   k, v of `cache`, copied into a cache of
+   |           packed call for the batch                   exactly that size (model/cache.py)
    v
  out [T, C]    rows outside `attend`: zero, so only the residual passes them
 
 Letters: T tokens of a sequence, H query heads, G key/value heads, D head size, C model width,
 P probe rows, K kept tokens, B sequences of a batch. `sum T` rows of a packed batch lie one sequence
 after the other. Keys are projected for all tokens because scores need them; queries for probes and
-kept tokens, values for kept and cached ones, the output projection for kept ones only. The paper
-projects everything; the result is the same (tests/test_attention.py).
+kept tokens only, and so is the output projection; values for kept tokens where those are what the
+cache holds, else for all. The paper projects everything; the result is the same
+(tests/test_attention.py).
 """
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..engine.cache import Cache
-from ..engine.stats import Clock, LayerStats
-from ..policy import Plan, Policy, View
-from .kernels import Attend, Spans, attend_kept, attend_row
-from .linear import Linear
-from .pack import Pack
-from .rope import project, rotate
-from .scores import count_seen, probe_mass
-from .tokens import compact, join, lookup, needed, spread
+from ..linear import Linear
+from ..policy import Plan, Policy, StepView, View
+from .batch import Batch, Rotate, Spans, join
+from .cache import Cache, Kept, Store, select
+from .kernels import Attend, attend_kept, sdpa
+
+Rows = Tensor | slice
+Lap = Callable[[str], None]  # told what the time since the last call went into
+SCORE_BYTES = 64 << 20  # one block of probe rows x heads x tokens in float32
 
 
 class Attention(nn.Module):
@@ -49,137 +51,176 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, G * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, G * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, C, bias=False)
-        self.rotate = rotate
+        self.rotate: nn.Module = Rotate()
 
-    def queries(self, x: Tensor, pack: Pack, rows: Tensor | slice) -> Tensor:
-        """Rotated queries [rows, H, D] of x [sum T, C]."""
-        cos, sin = pack.cos[rows], pack.sin[rows]
-        return project(self.q_proj, x[rows], cos, sin, pack.chunk, self.rotate)
+    def heads(self, x: Tensor) -> Tensor:
+        """[n, heads * D] -> [n, heads, D]."""
+        return x.unflatten(-1, (-1, self.config.head_dim))
 
-    def keys(self, x: Tensor, pack: Pack) -> Tensor:
-        """Rotated keys [sum T, G, D]."""
-        return project(self.k_proj, x, pack.cos, pack.sin, pack.chunk, self.rotate)
+    def rotated(self, project: Linear, x: Tensor, batch: Batch, rows: Rows = slice(None)) -> Tensor:
+        """Queries or keys [n, heads, D] of the n `rows` of x [sum T, C], RoPE included."""
+        x, cos, sin = x[rows], batch.cos[rows], batch.sin[rows]
+        if batch.chunk is None or len(x) <= batch.chunk:
+            return self.rotate(self.heads(project(x)), cos, sin)
+        out = self.heads(x.new_empty(len(x), project.out_features))
+        for into, *part in zip(*(t.split(batch.chunk) for t in (out, x, cos, sin)), strict=True):
+            into.copy_(self.rotate(self.heads(project(part[0])), *part[1:]))
+        return out
 
-    def values(self, x: Tensor, pack: Pack, needs: list[Tensor | None]) -> tuple[Tensor, Spans]:
-        """Values of the `needs` tokens of each sequence, [sum needed, G, D], and their spans."""
-        if all(need is None for need in needs):
-            return self.v_proj(x).unflatten(-1, (-1, self.config.head_dim)), pack.spans
-        spans = pack.spans
-        rows = [
-            torch.arange(n, device=x.device) + s if need is None else need + s
-            for need, n, s in zip(needs, spans.lengths, spans.starts, strict=True)
-        ]
-        v = self.v_proj(x[join(rows)]).unflatten(-1, (-1, self.config.head_dim))
-        return v, Spans([len(r) for r in rows], x.device)
+    def prefill(self, x: Tensor, batch: Batch, policy: Policy, attend: Attend, store: Store | None,
+                lap: Lap) -> tuple[Tensor, list[Plan], Cache | None]:  # fmt: skip
+        """One layer over a packed batch: x [sum T, C] -> attention output [sum T, C], the plans of
+        its sequences, and the cache that `store` builds (None: none is built)."""
+        k = self.rotated(self.k_proj, x, batch)  # [sum T, G, D]
+        lap("rest")
+        # 1 probe, 2 score and 3 select: the policy looks and plans, a sequence at a time
+        plans = []
+        for b in range(len(batch.spans)):
+            plans.append(policy.plan(self.view(x, k, batch, b, lap)))
+            lap("select")
+        # 4 attend: among the tokens each plan names
+        rows, spans = batch.rows([plan.attend for plan in plans])  # [sum K]
+        lean = store is None or all(plan.cache is plan.attend for plan in plans)
+        v = self.heads(self.v_proj(x[rows] if lean else x))  # [sum K, G, D] or [sum T, G, D]
+        lap("rest")
+        out = self.attend(x, k, v if lean else v[rows], batch, plans, rows, spans, attend)
+        lap("attend")
+        # 5 compact: what a sequence keeps is copied, so that the prompt's k and v can be let go
+        cache = None
+        if store is not None:
+            some = zip(batch.spans.slices(), (spans if lean else batch.spans).slices(), strict=True)
+            cache = store(
+                [
+                    Kept.of(plan, k[at], v[own], batch.positions[at], lean)
+                    for plan, (at, own) in zip(plans, some, strict=True)
+                ]
+            )
+        lap("rest")
+        return out, plans, cache
 
-    def prefill(
-        self, x: Tensor, pack: Pack, policy: Policy, attend: Attend, room: int | None, clock: Clock
-    ) -> tuple[Tensor, list[Plan], Cache | None, LayerStats]:
-        """One layer over a packed batch: x [sum T, C] -> attention output [sum T, C].
+    def view(self, x: Tensor, k: Tensor, batch: Batch, b: int, lap: Lap) -> View:
+        """What the policy sees of sequence number `b`; scores are computed when it asks."""
+        at = batch.spans.slices()[b]
 
-        `room` is how many new tokens the cache must hold; None builds no cache.
-        """
-        with clock("rest"):
-            k = self.keys(x, pack)  # [sum T, G, D]
-        plans = [self.plan(x, k, pack, b, policy, clock) for b in range(len(pack.spans))]
-        with clock("rest"):
-            needs = [plan.attend if room is None else needed(plan) for plan in plans]
-            v, v_spans = self.values(x, pack, needs)  # [sum needed, G, D]
-        with clock("attend"):
-            vs = [
-                lookup(v[b], need, plan.attend)
-                for b, need, plan in zip(v_spans.slices(), needs, plans, strict=True)
-            ]
-            out = self.attend(x, k, vs, pack, plans, attend)
-        with clock("rest"):
-            cache = None
-            if room is not None:
-                cache = compact(k, v, v_spans, needs, pack, plans, room, policy.storage)
-        return out, plans, cache, LayerStats.of(pack.spans.lengths, plans, cache, clock.pop())
+        def score(rows: Tensor) -> Tensor:
+            lap("select")
+            rows = rows.to(x.device)
+            q = self.rotated(self.q_proj, x, batch, rows + at.start)  # 1 probe
+            mass = probe_mass(q, k[at], rows)  # 2 score
+            lap("probe")
+            return mass
 
-    def plan(self, x: Tensor, k: Tensor, pack: Pack, b: int, policy: Policy, clock: Clock) -> Plan:
-        """Steps 1 to 3 for sequence number `b` of the batch."""
-        at = pack.spans.slices()[b]
-        view = View(
+        return View(
             layer=self.layer,
             num_layers=self.config.num_layers,
             k=k[at].transpose(0, 1),
-            positions=pack.positions[at],
-            is_visual=pack.is_visual[at],
-            project_q=lambda: self.queries(x, pack, at).transpose(0, 1),
-            project_v=lambda: (
-                self.v_proj(x[at]).unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
-            ),
-            state=pack.state[b],
+            positions=batch.positions[at],
+            is_visual=batch.is_visual[at],
+            notes=batch.notes[b],
+            project_q=lambda: self.rotated(self.q_proj, x, batch, at).transpose(0, 1),
+            project_v=lambda: self.heads(self.v_proj(x[at])).transpose(0, 1),
+            score=score,
         )
-        with clock("probe"):
-            rows = policy.probe(view)
-            if rows is not None:
-                rows = rows.to(x.device)
-                q = self.queries(x, pack, rows + at.start)  # [P, H, D]
-                view = replace(
-                    view, mass=probe_mass(q, k[at], rows), seen=count_seen(rows, view.length)
-                )
-        with clock("select"):
-            return policy.plan(view)
 
-    def attend(self, x: Tensor, k: Tensor, vs: list[Tensor], pack: Pack, plans: list[Plan],
-               attend: Attend) -> Tensor:  # fmt: skip
-        """Step 4: causal attention among the kept tokens of each sequence, [sum T, C]."""
-        if all(p.attend is None for p in plans):
-            q = self.queries(x, pack, slice(None))
-            return self.o_proj(attend(q, k, join(vs), pack.spans, pack.spans).flatten(1))
-        lengths = pack.spans.lengths
-        kept = [
-            torch.arange(n, device=x.device) if p.attend is None else p.attend
-            for p, n in zip(plans, lengths, strict=True)
-        ]
-        rows = join([i + s for i, s in zip(kept, pack.spans.starts, strict=True)])  # [sum K]
-        spans = Spans([len(i) for i in kept], x.device)
-        if any(p.fill == "own" for p in plans):
-            q = self.queries(x, pack, slice(None))
-            parts = [
-                attend_kept(q[at], k[at][i], v, i).flatten(1)
-                for at, v, i in zip(pack.spans.slices(), vs, kept, strict=True)
-            ]
-            parts = [
-                o if p.fill == "own" else spread(o[i], i, len(o), p.fill)
-                for o, i, p in zip(parts, kept, plans, strict=True)
-            ]
-            return self.o_proj(join(parts))
-        q = self.queries(x, pack, rows)  # [sum K, H, D]
-        o = self.o_proj(attend(q, k[rows], join(vs), spans, spans).flatten(1))  # [sum K, C]
-        parts = [
-            spread(o[at], i, n, p.fill)
-            for at, i, n, p in zip(spans.slices(), kept, lengths, plans, strict=True)
-        ]
-        return join(parts)
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, batch: Batch, plans: list[Plan], rows: Rows,
+               spans: Spans, attend: Attend) -> Tensor:  # fmt: skip
+        """Step 4: causal attention among the kept tokens of each sequence, [sum T, C].
 
-    def decode(self, x: Tensor, pack: Pack, cache: Cache, policy: Policy,
+        These tokens are `rows` of the batch, [sum K], at `spans`; v [sum K, G, D] is theirs.
+        """
+        if isinstance(rows, slice):  # everybody attends
+            q = self.rotated(self.q_proj, x, batch)
+            return self.o_proj(attend(q, k, v, spans, spans).flatten(1))
+        starts, lengths = batch.spans.starts, batch.spans.lengths
+        kept = [rows[at] - start for at, start in zip(spans.slices(), starts, strict=True)]
+        if any(plan.fill == "own" for plan in plans):  # those that are left out ask as well
+            q = self.rotated(self.q_proj, x, batch)
+            parts = zip(batch.spans.slices(), spans.slices(), kept, plans, strict=True)
+            outs = []
+            for at, mine, index, plan in parts:
+                o = attend_kept(q[at], k[at][index], v[mine], index).flatten(1)
+                own = plan.fill == "own"
+                outs.append(o if own else spread(o[index], index, len(o), plan.fill))
+            return self.o_proj(join(outs))
+        q = self.rotated(self.q_proj, x, batch, rows)  # [sum K, H, D]
+        o = self.o_proj(attend(q, k[rows], v, spans, spans).flatten(1))  # [sum K, C]
+        places = zip(spans.slices(), kept, lengths, plans, strict=True)
+        return join([spread(o[at], index, n, plan.fill) for at, index, n, plan in places])
+
+    def decode(self, x: Tensor, batch: Batch, cache: Cache, policy: Policy,
                attend: Attend) -> Tensor:  # fmt: skip
         """A new token per sequence: x [B, C] -> [B, C]; the cache grows."""
-        q, k = self.queries(x, pack, slice(None)), self.keys(x, pack)  # [B, H, D], [B, G, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.config.head_dim))  # [B, G, D]
-        cache.append(k, v, pack.positions)
-        k, v, spans = cache.read()
-        rows = spans.slices()
-        probs: list[Tensor | None] = [None] * len(x)
-        if policy.watch_decode:
-            both = [attend_row(q[b], k[at], v[at]) for b, at in enumerate(rows)]
-            o, probs = torch.stack([o for o, _ in both]), [p.mean(1) for _, p in both]
+        q, k = (self.rotated(project, x, batch) for project in (self.q_proj, self.k_proj))
+        cache.append(k, self.heads(self.v_proj(x)), batch.positions)
+        k, v, spans = cache.read()  # [slots, G, D]
+        plans = [Plan()] * len(x)
+        if policy.step is None:
+            o = attend(q, k, v, batch.spans, spans)
         else:
-            o = attend(q, k, v, pack.spans, spans)
-        self.evict(cache, policy, probs)
-
-        def precise(b: int, newest: int) -> Tensor | None:
-            mass = attend_row(q[b], k[rows[b]], v[rows[b]])[1].flatten(0, 1)  # [H, n]
-            return policy.precise(self.layer, mass[:, -newest:], cache.state[b])
-
-        cache.settle(precise)
+            views = self.step_views(q, k, v, batch, cache)
+            plans = [policy.step(view) for view in views]
+            if any(p.attend is not None or w.mass_known for p, w in zip(plans, views, strict=True)):
+                both = zip(views, plans, strict=True)
+                o = torch.stack([attend_step(view, plan.attend) for view, plan in both])
+            else:
+                o = attend(q, k, v, batch.spans, spans)
+        cache.apply(plans)
         return self.o_proj(o.flatten(1))
 
-    def evict(self, cache: Cache, policy: Policy, probs: list[Tensor | None]) -> None:
-        for b, p in enumerate(probs):
-            slots = policy.evict(self.layer, cache.spans.lengths[b], cache.state[b], p)
-            if slots is not None:
-                cache.keep(b, slots)
+    def step_views(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch,
+                   cache: Cache) -> list[StepView]:  # fmt: skip
+        """What the policy sees of each sequence at a decode step."""
+        return [
+            StepView(
+                layer=self.layer,
+                num_layers=self.config.num_layers,
+                q=q[b],
+                k=k[at].transpose(0, 1),
+                v=v[at].transpose(0, 1),
+                positions=cache.places(b).T,
+                due=cache.due(b),
+                notes=batch.notes[b],
+            )
+            for b, at in enumerate(cache.spans.slices())
+        ]
+
+
+def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """Eq. 5 on probe rows: attention that each token receives from them, [H, T] float32.
+
+    q [P, H, D] are the queries at `rows` [P]; k [T, G, D]. Exact causal softmax of float32 logits,
+    one key/value head and as many rows at a time as fit SCORE_BYTES: O(P T) work, never [T, T].
+    """
+    P, H, D = q.shape
+    T, G = k.shape[:2]
+    index = torch.arange(T, device=q.device)
+    mass = torch.zeros(G, H // G, T, dtype=torch.float32, device=q.device)
+    blocks = torch.arange(P, device=q.device).split(max(1, SCORE_BYTES // (4 * H // G * T)))
+    for g in range(G):
+        columns = k[:, g].float().T / math.sqrt(D)  # [D, T]
+        for block in blocks:
+            queries = q[block].unflatten(1, (G, -1))[:, g].transpose(0, 1).float()  # [H/G, b, D]
+            scores = (queries.flatten(0, 1) @ columns).unflatten(0, (-1, len(block)))
+            future = index > rows[block, None]  # [b, T]
+            mass[g] += scores.masked_fill_(future, -math.inf).softmax(dim=-1).sum(1)
+    return mass.flatten(0, 1)
+
+
+def spread(o: Tensor, index: Tensor, length: int, fill: str) -> Tensor:
+    """Outputs o [K, C] of tokens `index` back at their places among `length` rows.
+
+    The output projection is linear, so `previous` can gather after it at no cost.
+    """
+    if fill == "previous":
+        slot = torch.searchsorted(index, torch.arange(length, device=o.device), right=True) - 1
+        return o[slot.clamp(min=0)].mul_((slot >= 0)[:, None])
+    return o.new_zeros(length, o.shape[1]).index_copy_(0, index, o)
+
+
+def attend_step(view: StepView, slots: Tensor | None) -> Tensor:
+    """The newest token's output [H, D] over `slots`, [K] or [G, K]; None: over all, by its mass."""
+    if slots is None:
+        probs = view.mass().unflatten(0, (len(view.k), -1))  # [G, H/G, n]
+        return (probs.to(view.v.dtype) @ view.v).flatten(0, 1)
+    k, v = (select(t.transpose(0, 1), slots) for t in (view.k, view.v))  # [K, G, D]
+    return sdpa(view.q[None, None], k[None], v[None])[0, 0]

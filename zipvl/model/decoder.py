@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..engine.cache import Cache
-from ..engine.stats import Clock, LayerStats
-from ..policy import Policy
-from .attention import Attention, Pack
+from ..linear import Linear, SwiGLU
+from ..policy import Notes, Plan, Policy, PromptView
+from .attention import Attention
+from .batch import Batch, join
+from .cache import Cache, store_as
 from .kernels import Attend, attend_sdpa
-from .linear import Linear, gated
-from .tokens import join
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,24 +32,23 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-        self.compute = rms_norm  # model/compiled.py puts other forms here, as below
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """Gate, up, down."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.gated = gated
+        self.act: nn.Module = SwiGLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -67,14 +65,23 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Observer:
+    """Is told how a prefill goes on; engine/stats.py counts seconds and tokens with one."""
+
+    def lap(self, stage: str) -> None:
+        """The time since the last call went into `stage`: probe, select, attend or rest."""
+
+    def layer(self, lengths: list[int], plans: list[Plan]) -> None:
+        """A layer is done: how many tokens of each sequence entered it, and what was planned."""
+
+
 @dataclass(frozen=True)
 class Prefilled:
     """What a prefill leaves behind."""
 
     hidden: Tensor  # [sum T', C] after the last norm, of the tokens that reached the end
-    pack: Pack  # where these tokens lie and what their positions are
+    batch: Batch  # where these tokens lie and what their positions are
     caches: list[Cache]  # one a layer; empty if none was asked for
-    layers: list[LayerStats]
 
 
 class Decoder(nn.Module):
@@ -93,60 +100,76 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, lengths: list[int]) -> Tensor:
         """Dense hidden states [sum T, C] of packed embeddings x [sum T, C]."""
         positions = join([torch.arange(n, device=x.device) for n in lengths])
-        pack = Pack.build(lengths, positions, torch.zeros_like(positions) > 0, self.config, x.dtype)
-        return self.prefill(x, pack, Policy(), attend_sdpa).hidden
+        text = torch.zeros_like(positions, dtype=torch.bool)
+        batch = Batch.build(lengths, positions, text, self.config, x.dtype)
+        return self.prefill(x, batch, Policy(), attend_sdpa).hidden
 
-    def prefill(
-        self,
-        x: Tensor,
-        pack: Pack,
-        policy: Policy,
-        attend: Attend,
-        room: int | None = None,
-        chunk: int | None = None,
-        progress: Callable[[LayerStats], object] | None = None,
-    ) -> Prefilled:
+    def prefill(self, x: Tensor, batch: Batch, policy: Policy, attend: Attend,
+                room: int | None = None, chunk: int | None = None,
+                observer: Observer | None = None) -> Prefilled:  # fmt: skip
         """All layers over packed embeddings x [sum T, C].
 
         `room`: new tokens each cache must hold, None for no caches. `chunk`: rows of projections,
         MLP and norms at a time, so that temporaries do not grow with T; None: all at once.
         """
-        pack = replace(pack, chunk=chunk)
-        caches, layers, clock = [], [], Clock(x.device)
-        for block in self.blocks():
-            with clock("rest"):
-                h = chunked(block.input_layernorm, x, chunk)
-            h, plans, cache, stats = block.self_attn.prefill(h, pack, policy, attend, room, clock)
+        watch, batch = observer or Observer(), replace(batch, chunk=chunk)
+        # 1 what builds the caches, in the form that the method stores them; one for all layers
+        store = None if room is None else store_as(policy.storage, room)
+        # 2 which tokens enter
+        if policy.start is not None:
+            x, batch = enter(x, batch, policy.start)
+        # 3 the layers
+        caches: list[Cache] = []
+        for i, block in enumerate(self.blocks()):
+            h, entered = chunked(block.input_layernorm, x, chunk), batch.spans.lengths
+            h, plans, cache = block.self_attn.prefill(h, batch, policy, attend, store, watch.lap)
             if any(plan.stream is not None for plan in plans):
-                rows, lengths = stream_rows(plans, pack)
-                x, h, pack = x[rows], h[rows], pack.take(rows, lengths)
-            with clock("rest"):
-                x = x + h
-                del h  # as long as the prompt, and so is what comes
-                x = chunked(block.feed_forward, x, chunk)
-            stats.add_seconds(clock.pop())
-            layers.append(stats)
-            if cache is not None:
-                caches.append(cache)
-            if progress:
-                progress(stats)
-        return Prefilled(chunked(self.norm, x, chunk), pack, caches, layers)
+                rows, spans = batch.rows([plan.stream for plan in plans])
+                x, h, batch = x[rows], h[rows], batch.take(rows, spans)
+            x = x + h
+            del h  # as long as the prompt, and so is what comes
+            x = chunked(block.feed_forward, x, chunk)
+            caches += [] if cache is None else [cache]
+            if policy.trim is not None and caches:
+                trim(caches, i, batch.notes, policy.trim)
+            watch.lap("rest")
+            watch.layer(entered, plans)
+        return Prefilled(chunked(self.norm, x, chunk), batch, caches)
 
     def decode(self, x: Tensor, positions: Tensor, caches: Sequence[Cache], policy: Policy,
-               attend: Attend) -> Tensor:  # fmt: skip
-        """One token per sequence: embeddings x [B, C] at `positions` [B] -> hidden [B, C]."""
-        text = torch.zeros_like(positions, dtype=torch.bool)
-        pack = Pack.build([1] * len(x), positions, text, self.config, x.dtype)
-        return self.step(x, pack, caches, policy, attend)
+               attend: Attend, notes: list[Notes] | None = None) -> Tensor:  # fmt: skip
+        """One token per sequence: embeddings x [B, C] at `positions` [B] -> hidden [B, C].
 
-    def step(self, x: Tensor, pack: Pack, caches: Sequence[Cache], policy: Policy,
+        `notes` are those of the prefill; None for a method that keeps none.
+        """
+        text = torch.zeros_like(positions, dtype=torch.bool)
+        batch = Batch.build([1] * len(x), positions, text, self.config, x.dtype, notes)
+        return self.step(x, batch, caches, policy, attend)
+
+    def step(self, x: Tensor, batch: Batch, caches: Sequence[Cache], policy: Policy,
              attend: Attend) -> Tensor:  # fmt: skip
-        """The same with what the pack knows already made."""
+        """The same with what the batch knows already made."""
         for block, cache in zip(self.blocks(), caches, strict=True):
             h = block.input_layernorm(x)
-            x = x + block.self_attn.decode(h, pack, cache, policy, attend)
+            x = x + block.self_attn.decode(h, batch, cache, policy, attend)
             x = block.feed_forward(x)
         return self.norm(x)
+
+
+def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan]) -> tuple[Tensor, Batch]:
+    """The rows and the batch of those tokens that start() lets into the model."""
+    some = zip(batch.spans.slices(), batch.notes, strict=True)
+    plans = [start(PromptView(x[at], batch.is_visual[at], notes)) for at, notes in some]
+    rows, spans = batch.rows([plan.stream for plan in plans])
+    return x[rows], batch.take(rows, spans)
+
+
+def trim(caches: list[Cache], layer: int, notes: list[Notes],
+         decide: Callable[[int, Notes], dict[int, Tensor] | None]) -> None:  # fmt: skip
+    """Behind `layer`: of the caches so far, those that trim() names hold the slots it names."""
+    slots = [decide(layer, mine) or {} for mine in notes]
+    for i in {i for mine in slots for i in mine}:
+        caches[i] = caches[i].trim([mine.get(i) for mine in slots])
 
 
 def chunked(function: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -> Tensor:
@@ -157,12 +180,3 @@ def chunked(function: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -
     for part, into in zip(x.split(rows), out.split(rows), strict=True):
         into.copy_(function(part))
     return out
-
-
-def stream_rows(plans: list, pack: Pack) -> tuple[Tensor, list[int]]:
-    """Rows of the packed batch that go on to the next layer, and how many of each sequence."""
-    kept = [
-        torch.arange(s, s + n, device=pack.positions.device) if p.stream is None else p.stream + s
-        for p, s, n in zip(plans, pack.spans.starts, pack.spans.lengths, strict=True)
-    ]
-    return join(kept), [len(i) for i in kept]

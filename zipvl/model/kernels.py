@@ -7,7 +7,6 @@ its last row sees all its slots, the row before sees one less. One row per seque
 many rows as slots is prefill. The G key/value heads are never repeated to H.
 """
 
-import math
 from collections.abc import Callable
 from importlib import import_module
 
@@ -16,41 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
-
-
-class Spans:
-    """Where each sequence of a packed batch lies: start and length, as ints and on the device."""
-
-    def __init__(self, lengths: list[int], device: torch.device | str, room: int = 0):
-        """`room` leaves that many unused places after each sequence."""
-        self.lengths = list(lengths)
-        self.room = room
-        self.capacity = [n + room for n in lengths]
-        ends = torch.tensor([0, *self.capacity]).cumsum(0)
-        self.starts: list[int] = ends[:-1].tolist()
-        self.total = int(ends[-1])
-        self.edges = ends.to(device, torch.int32)  # [B + 1]
-        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=device)  # [B]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def slices(self) -> list[slice]:
-        return [slice(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
-
-    def grow(self) -> None:
-        """Every sequence takes one more of its places."""
-        self.count()
-        self.used += 1
-
-    def count(self) -> None:
-        """The half of grow() that a replayed CUDA graph does not do."""
-        self.lengths = [n + 1 for n in self.lengths]
-
-    def shrink(self, lengths: list[int]) -> None:
-        self.lengths = list(lengths)
-        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=self.used.device)
-
+from .batch import Spans
 
 Attend = Callable[[Tensor, Tensor, Tensor, Spans, Spans], Tensor]
 
@@ -64,17 +29,6 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans)
         return sdpa(q.unflatten(0, (B, -1)), k, v).flatten(0, 1)
     spans = zip(q_spans.slices(), k_spans.slices(), strict=True)
     return torch.cat([sdpa(q[None, rows], k[None, at], v[None, at])[0] for rows, at in spans])
-
-
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
-    """One row a sequence over all its places, the unused masked on the device: the same shapes
-    and addresses at every step, as a CUDA graph needs them. Unused places must hold numbers."""
-    out = []
-    for b, (start, places) in enumerate(zip(k_spans.starts, k_spans.capacity, strict=True)):
-        at, seen = slice(start, start + places), torch.arange(places, device=q.device)
-        mask = (seen < k_spans.used[b])[None]  # [1, places]
-        out.append(sdpa(q[None, b : b + 1], k[None, at], v[None, at], mask)[0])
-    return torch.cat(out)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -93,20 +47,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def attend_row(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One query row [H, D] over k, v [n, G, D]: output [H, D] and probabilities [G, H/G, n].
-
-    For methods that look at the probabilities while decoding, which SDPA does not give.
-    """
-    rows = q.unflatten(0, (k.shape[1], -1))  # [G, H/G, D]
-    scores = torch.matmul(rows, k.permute(1, 2, 0))  # [G, H/G, n]
-    probs = (scores.float() / math.sqrt(q.shape[-1])).softmax(dim=-1)
-    return torch.matmul(probs.to(v.dtype), v.transpose(0, 1)).flatten(0, 1), probs
-
-
 def attend_torch_flash(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
     """FlashAttention-2 as every CUDA build of PyTorch carries it: one varlen call for the batch.
-    Slots are bounded by the capacity: unlike lengths it is the same at every step (graph.py)."""
+    Slots are bounded by the capacity, which unlike lengths is the same at every step (a graph)."""
     return torch.ops.aten._flash_attention_forward(
         q, k, v, q_spans.edges, k_spans.edges, max(q_spans.lengths), max(k_spans.capacity),
         0.0, True, False, seqused_k=k_spans.used if k_spans.room else None,

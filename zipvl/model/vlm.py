@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..linear import Linear
 from ..vision.encoder import VisionTower, projector
 from ..vision.image import Geometry, normalise
 from ..vision.merge import merge_image, merge_video, pool_frames
 from .decoder import Decoder
-from .linear import Linear
 
 
 class VLM(nn.Module):

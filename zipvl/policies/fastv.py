@@ -9,36 +9,39 @@ Deviations: in `mask` the set is chosen once, the authors' ablation script chose
 token; a visual mask instead of one stretch, so that several pictures and videos work.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..policy import Plan, Policy, View
-from .selection import check
+from ..policy import Plan, Policy, View, check, choice
 
 VARIANTS = ("drop", "mask")
 
 
+@dataclass(repr=False)
 class FastV(Policy):
     """after 2 and ratio 0.5, the paper's defaults."""
 
-    def __init__(self, after: int = 2, ratio: float = 0.5, variant: str = "drop"):
+    after: int = 2
+    ratio: float = 0.5
+    variant: str = "drop"
+
+    def __post_init__(self) -> None:
+        after, ratio = self.after, self.ratio
         check(after >= 1, f"after is {after}: a layer must rank the tokens first, give 1 or more")
         check(0 <= ratio <= 1, f"ratio is {ratio}: give the share to keep, from 0 to 1")
-        check(variant in VARIANTS, f"variant is {variant!r}: use one of {', '.join(VARIANTS)}")
-        self.after, self.ratio, self.variant = after, ratio, variant
-
-    def probe(self, view: View) -> Tensor | None:
-        """The last prompt token's row, in the layer before the cut."""
-        return torch.tensor([view.length - 1]) if view.layer == self.after - 1 else None
+        choice("variant", self.variant, VARIANTS)
 
     def plan(self, view: View) -> Plan:
-        if view.mass is not None:
-            kept = self.choose(view, view.mass.mean(0))
+        if view.layer == self.after - 1:
+            last = torch.tensor([view.length - 1])
+            kept = self.choose(view, view.mass(last).mean(0))
             if self.variant == "drop":
                 return Plan(stream=kept)
-            view.state["kept"] = kept
-        elif "kept" in view.state:
-            return Plan(attend=view.state["kept"], cache=view.state["kept"], fill="own")
+            view.notes["kept"] = kept
+        elif "kept" in view.notes:
+            return Plan(attend=view.notes["kept"], cache=view.notes["kept"], fill="own")
         return Plan()
 
     def choose(self, view: View, score: Tensor) -> Tensor:

@@ -8,43 +8,40 @@ Deviations: the query heads that share a key/value head vote by their mean (the 
 original positions.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..policy import Plan, Policy, View
-from .selection import check
+from ..policy import Notes, Plan, Policy, StepView, View, check
 
 
+@dataclass(repr=False)
 class H2O(Policy):
     """512 heavy hitters and 512 recent tokens; the paper uses equal halves."""
 
-    watch_decode = True
+    heavy: int = 512
+    recent: int = 512
 
-    def __init__(self, heavy: int = 512, recent: int = 512):
-        check(heavy >= 0, f"heavy is {heavy}: give 0 or more")
-        check(recent >= 1, f"recent is {recent}: give 1 or more")
-        self.heavy, self.recent = heavy, recent
-
-    def probe(self, view: View) -> Tensor | None:
-        return torch.arange(view.length)
+    def __post_init__(self) -> None:
+        check(self.heavy >= 0, f"heavy is {self.heavy}: give 0 or more")
+        check(self.recent >= 1, f"recent is {self.recent}: give 1 or more")
 
     def plan(self, view: View) -> Plan:
-        assert view.mass is not None
-        score = view.mass.unflatten(0, (view.k.shape[0], -1)).mean(1)  # [G, T]
-        return Plan(cache=self.best(score, view.layer, view.state))
+        return Plan(cache=self.best(view.by_group(view.mass()), view.layer, view.notes))
 
-    def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
-        assert probs is not None
-        return self.best(F.pad(state[layer], (0, 1)) + probs, layer, state)
+    def step(self, view: StepView) -> Plan:
+        score = F.pad(view.notes[view.layer], (0, 1)) + view.by_group(view.mass())
+        return Plan(cache=self.best(score, view.layer, view.notes))
 
-    def best(self, score: Tensor, layer: int, state: dict) -> Tensor | None:
-        """Slots [G, N] to keep by score [G, n], whose scores stay in `state`; None: all fit."""
-        state[layer] = score
+    def best(self, score: Tensor, layer: int, notes: Notes) -> Tensor | None:
+        """Slots [G, N] to keep by score [G, n], whose scores stay in the notes; None: all fit."""
+        notes[layer] = score
         if score.shape[1] <= self.heavy + self.recent:
             return None
         ranked = score.clone()
         ranked[:, -self.recent :] = torch.inf
         slots = ranked.topk(self.heavy + self.recent).indices.sort().values
-        state[layer] = score.gather(1, slots)
+        notes[layer] = score.gather(1, slots)
         return slots

@@ -8,23 +8,29 @@ The authors advise 4 bits for models whose query heads share key/value heads.
 Deviation: a group of equal numbers comes back as it was (their code divides by zero).
 """
 
-from ..engine.storage import Storage, as_bits, kivi
-from ..policy import Policy
-from .selection import check
+from dataclasses import dataclass
+
+from ..model.cache_quant import KVFormat, as_bits, kivi
+from ..policy import Policy, check
 
 
+@dataclass(repr=False)
 class KIVI(Policy):
     """2 bits, groups of 32, residual 128: the authors' main setting."""
 
-    def __init__(self, kv_bits: int = 2, group: int = 32, residual: int = 128):
-        check(group >= 1, f"group is {group}: give 1 or more")
+    kv_bits: int = 2
+    group: int = 32
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        check(self.group >= 1, f"group is {self.group}: give 1 or more")
         check(
-            residual >= group and residual % group == 0,
-            f"residual is {residual}: give a multiple of the group of {group}",
+            self.residual >= self.group and self.residual % self.group == 0,
+            f"residual is {self.residual}: give a multiple of the group of {self.group}",
         )
-        check(len(as_bits(kv_bits)) == 1, f"kv_bits is {kv_bits}: give one bit width, 2, 4 or 8")
-        self.kv_bits, self.group, self.residual = kv_bits, group, residual
+        one = len(as_bits(self.kv_bits)) == 1
+        check(one, f"kv_bits is {self.kv_bits}: give one bit width, 2, 4 or 8")
 
     @property
-    def storage(self) -> Storage:
+    def storage(self) -> KVFormat:
         return kivi(self.kv_bits, self.group, self.residual)

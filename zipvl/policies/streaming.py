@@ -6,30 +6,35 @@ Deviation: keys are cached after RoPE at original positions, as KVCache-Factory 
 authors rotate at every step by places inside the cache, which matters beyond the trained context.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..policy import Plan, Policy, View
-from .selection import check
+from ..policy import Plan, Policy, StepView, View, check
 
 
+@dataclass(repr=False)
 class StreamingLLM(Policy):
     """4 sinks and 1020 recent tokens, a cache of 1024 as in the paper's main setting."""
 
-    def __init__(self, sinks: int = 4, window: int = 1020):
-        check(sinks >= 0, f"sinks is {sinks}: give 0 or more")
-        check(window >= 1, f"window is {window}: give 1 or more")
-        self.sinks, self.window = sinks, window
+    sinks: int = 4
+    window: int = 1020
+
+    def __post_init__(self) -> None:
+        check(self.sinks >= 0, f"sinks is {self.sinks}: give 0 or more")
+        check(self.window >= 1, f"window is {self.window}: give 1 or more")
 
     def plan(self, view: View) -> Plan:
-        slots = self.ends(view.length)
-        return Plan(cache=None if slots is None else slots.to(view.k.device))
+        return Plan(cache=self.ends(view))
 
-    def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
-        return self.ends(slots)
+    def step(self, view: StepView) -> Plan:
+        return Plan(cache=self.ends(view))
 
-    def ends(self, count: int) -> Tensor | None:
-        """Of `count` tokens in order, the sinks and the window; None if that is all of them."""
-        if count <= self.sinks + self.window:
+    def ends(self, view: View | StepView) -> Tensor | None:
+        """Of the view's tokens in order, the sinks and the window; None if that is all of them."""
+        n, device = view.length, view.k.device
+        if n <= self.sinks + self.window:
             return None
-        return torch.cat((torch.arange(self.sinks), torch.arange(count - self.window, count)))
+        recent = torch.arange(n - self.window, n, device=device)
+        return torch.cat((torch.arange(self.sinks, device=device), recent))

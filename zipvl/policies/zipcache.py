@@ -9,31 +9,39 @@ is quantised once, where theirs turns the whole cache back and quantises it agai
 random row is drawn twice.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..engine.storage import KVBits, Storage, as_bits, zipcache
-from ..policy import Plan, Policy, View
-from .selection import check
+from ..model.cache_quant import KVBits, KVFormat, as_bits, zipcache
+from ..policy import Plan, Policy, StepView, View, check
 
 
+@dataclass(repr=False)
 class ZipCache(Policy):
     """60 % of the tokens at 4 bits and the rest at 2; 5 % + 5 % probe rows, as published."""
 
-    def __init__(self, ratio: float = 0.6, probes: float = 0.05, kv_bits: KVBits = (4, 2),
-                 interval: int = 100, seed: int = 0):  # fmt: skip
+    ratio: float = 0.6
+    probes: float = 0.05
+    interval: int = 100
+    seed: int = 0
+    kv_bits: KVBits = (4, 2)
+
+    def __post_init__(self) -> None:
+        ratio, probes, interval = self.ratio, self.probes, self.interval
         check(0 < ratio <= 1, f"ratio is {ratio}: give the share at the larger bits, up to 1")
         check(0 < probes <= 0.5, f"probes is {probes}: give a share of the rows, at most 0.5")
         check(interval >= 1, f"interval is {interval}: give 1 new token or more")
-        self.ratio, self.probes, self.interval, self.seed = ratio, probes, interval, seed
-        self.kv_bits = as_bits(kv_bits)
+        self.kv_bits = as_bits(self.kv_bits)
         check(len(self.kv_bits) > 0, "kv_bits is missing: give one or two bit widths, such as 4/2")
 
     @property
-    def storage(self) -> Storage:
-        return zipcache(self.kv_bits, self.interval)
+    def storage(self) -> KVFormat:
+        return zipcache(as_bits(self.kv_bits), self.interval)
 
-    def probe(self, view: View) -> Tensor | None:
+    def probe(self, view: View) -> Tensor:
+        """Rows [P], sorted."""
         count = max(1, round(self.probes * view.length))
         old = view.length - count
         chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
@@ -41,12 +49,13 @@ class ZipCache(Policy):
         return torch.cat((some, torch.arange(old, view.length)))
 
     def plan(self, view: View) -> Plan:
-        assert view.mass is not None
-        assert view.seen is not None
-        return Plan(precise=self.best(view.mass.mean(0) / view.seen.clamp(min=1)))
+        rows = self.probe(view)
+        return Plan(precise=self.best(view.mass(rows).mean(0) / view.seen(rows).clamp(min=1)))
 
-    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
-        return self.best(mass.mean(0))
+    def step(self, view: StepView) -> Plan:
+        if not view.due:
+            return Plan()
+        return Plan(precise=self.best(view.mass()[:, -view.due :].mean(0)))
 
     def best(self, score: Tensor) -> Tensor:
         """Sorted indices of the salient tokens by score [n]."""

@@ -1,50 +1,156 @@
-"""ZipVL (arXiv 2410.08584 v2, ICCV 2025): each layer keeps as many tokens as cover `tau` of its
-attention mass, attends among those only, and caches their keys and values only.
+"""ZipVL (arXiv 2410.08584) and what is made of its parts.
+
+zipvl        version 2 (ICCV 2025): each layer keeps as many tokens as cover `tau` of its attention
+             mass, attends among those only, and caches their keys and values only
+zipvl+       ours: a token left out of a layer's attention receives the output of the nearest
+             earlier kept token instead of nothing; same tokens, same attention work
+zipvl-quant  version 1 (October 2024): nothing leaves the cache; kept tokens are stored at 4 bits,
+             all others at 2, in ZipCache's form (model/cache_quant.py), and decoding attends over
+             everything; after every `interval` new tokens the newest query sorts these the same
+             way (Algorithm 1), until then they wait in full precision
+fixed        one ratio for all layers: the paper's own ablation; `ratio=0.7,kv_bits=4/2` is that of
+             its cache, ZipCache with a hand-set ratio
+random       as many tokens as `fixed`, drawn at random: what any method that looks at attention has
+             to beat
 
 Where the paper is silent or is not followed:
-  threshold  on probe rows the total mass is their number, so Eq. 6 compares with tau x the total
+  threshold  on probe rows the total mass is their number, so Eq. 6 compares with tau x the total;
+             among new tokens with tau x their own mass, not tau x 100
   heads      one set a layer, from the mean over query heads
-  always     the prompt's text tokens stay in every layer; `none` is the paper's letter
+  always     the prompt's text tokens stay in every layer, because a token left out attends to
+             nothing there, and the question must; `none` is the paper's letter
   divisor    nnz of Eq. 7 counts probe rows
-policies/selection.py explains the options.
+  count      `ratio` is the share kept in all, the `always` set included, so that a ratio measured
+             with `zipvl` can be given here; where that set alone is larger, it is what is kept
+  steps      version 1's text on its quantiser is not public; the authors' earlier ZipCache, which
+             its table names, is taken; each set of tokens has its own steps
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
 import torch
-from torch import Tensor
+from torch import Tensor, inf
 
-from ..engine.storage import KVBits
-from ..policy import Plan, View
-from .selection import Selection, check
+from ..model.cache_quant import KVBits, KVFormat, as_bits, zipcache
+from ..policy import FILLS, Plan, Policy, StepView, View, check, choice
+
+ALWAYS, DIVISORS = ("text", "last", "none"), ("probes", "all", "none")
 
 
+@dataclass(repr=False, kw_only=True)
+class Selection(Policy):
+    """Probe rows rank the tokens of each layer; a subclass says how many stay."""
+
+    recent: int = 64  # probe rows: the most recent ones, and
+    random: int = 64  # others drawn afresh in every layer, without replacement, by `seed`
+    seed: int = 0
+    always: str = "text"  # text: the prompt's text tokens stay, and the last; last: that; none
+    divisor: str = "probes"  # what mass is divided by: the probe rows that see the token;
+    #   all rows that see it (`all`, n - j, as the authors' ZipCache code does); 1 (`none`)
+    fill: str = "zero"  # what left-out tokens receive (policy.py, Plan)
+    kv_bits: KVBits = None  # 4: what is kept is stored at 4 bits; 4/2: nothing is dropped, kept
+    #   tokens are stored at 4 bits, others at 2
+    interval: int | None = 100  # new tokens that are quantised at a time; None without kv_bits
+
+    def __post_init__(self) -> None:
+        check(
+            min(self.recent, self.random) >= 0 < self.recent + self.random,
+            "recent + random must be 1 probe or more",
+        )
+        choice("always", self.always, ALWAYS)
+        choice("divisor", self.divisor, DIVISORS)
+        choice("fill", self.fill, FILLS)
+        self.kv_bits = as_bits(self.kv_bits) or None
+        wait = self.interval
+        check(not self.kv_bits or (wait or 0) >= 1, f"interval is {wait}: give 1 new token or more")
+        self.interval = wait if self.kv_bits else None
+
+    def __repr__(self) -> str:
+        """The options in the order in which they are given, without those that are None."""
+        ordered = sorted((f for f in fields(self) if f.repr), key=lambda f: bool(f.kw_only))
+        named = [(f.name, getattr(self, f.name)) for f in ordered]
+        listed = ", ".join(f"{name}={value}" for name, value in named if value is not None)
+        return f"{type(self).__name__}({listed})"
+
+    @property
+    def storage(self) -> KVFormat | None:
+        bits = as_bits(self.kv_bits)
+        return zipcache(bits, self.interval or 1) if bits else None
+
+    @property
+    def step(self) -> Callable[[StepView], Plan] | None:
+        return self.sort_new if self.drops_nothing() else None
+
+    def drops_nothing(self) -> bool:
+        return len(as_bits(self.kv_bits)) == 2
+
+    def keeps_all(self) -> bool:
+        return True
+
+    def budget(self, mass: Tensor) -> int:
+        """How many tokens stay, by mass [T]."""
+        return len(mass)
+
+    def plan(self, view: View) -> Plan:
+        if self.keeps_all():
+            return Plan()
+        rows = self.probe(view)
+        mass = view.mass(rows).mean(0)  # [T]  Eq. 5, mean over heads
+        p = self.budget(mass)  # Eq. 6
+        score = self.score(view, mass, rows)  # [T]  Eq. 7
+        return self.keep(view, score, p)  # Eq. 8
+
+    def probe(self, view: View) -> Tensor:
+        """Rows [P], sorted; all rows if T is no more than recent + random."""
+        old = max(0, view.length - self.recent)
+        chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
+        some = torch.randperm(old, generator=chance)[: self.random].sort().values
+        return torch.cat((some, torch.arange(old, view.length)))
+
+    def score(self, view: View, mass: Tensor, rows: Tensor) -> Tensor:
+        """Eq. 7: mass [T] from `rows` over how many rows could look at each token, so that early
+        tokens gain nothing by being seen often."""
+        if self.divisor == "all":
+            return mass / torch.arange(view.length, 0, -1, device=mass.device)
+        return mass if self.divisor == "none" else mass / view.seen(rows).clamp(min=1)
+
+    def forced(self, view: View) -> Tensor:
+        """[T] bool: tokens that stay whatever their score."""
+        keep = ~view.is_visual if self.always == "text" else torch.zeros_like(view.is_visual)
+        if self.always != "none":
+            keep[-1] = True
+        return keep
+
+    def keep(self, view: View, score: Tensor, p: int) -> Plan:
+        """Eq. 8: the p best by score [T], and those that stay anyway."""
+        kept = self.forced(view)
+        kept[score.sort(descending=True, stable=True).indices[:p]] = True
+        index = kept.nonzero()[:, 0]
+        if self.drops_nothing():
+            return Plan(attend=index, precise=index, fill=self.fill)
+        return Plan(attend=index, cache=index, fill=self.fill)
+
+    def sort_new(self, view: StepView) -> Plan:
+        """Eq. 6 and 8 for new tokens; the newest query sees them all, so Eq. 7 changes nothing."""
+        if not view.due or self.keeps_all():
+            return Plan()
+        mass = view.mass()[:, -view.due :].mean(0)
+        return Plan(precise=mass.topk(self.budget(mass)).indices.sort().values)
+
+
+@dataclass(repr=False)
 class ZipVL(Selection):
     """tau 0.975 as in the paper's main results; 64 most recent + 64 random probe rows."""
 
-    def __init__(self, tau: float = 0.975, recent: int = 64, random: int = 64, always: str = "text",
-                 divisor: str = "probes", fill: str = "zero", seed: int = 0,
-                 kv_bits: KVBits = None, interval: int = 100):  # fmt: skip
-        check(tau > 0, f"tau is {tau}: give a share of the attention mass above 0")
-        self.tau = tau
-        super().__init__(recent, random, always, divisor, fill, seed, kv_bits, interval)
+    tau: float = 0.975
+
+    def __post_init__(self) -> None:
+        check(self.tau > 0, f"tau is {self.tau}: give a share of the attention mass above 0")
+        super().__post_init__()
 
     def keeps_all(self) -> bool:
         return self.tau >= 1
-
-    def probe(self, view: View) -> Tensor | None:
-        return None if self.keeps_all() else super().probe(view)
-
-    def plan(self, view: View) -> Plan:
-        if self.keeps_all() or view.mass is None:
-            return Plan()
-        mass = view.mass.mean(0)  # [T]  Eq. 5, mean over heads
-        p = self.budget(mass)
-        best = self.score(view, mass).sort(descending=True, stable=True).indices[:p]  # [p]  Eq. 8
-        kept = self.forced(view)
-        kept[best] = True
-        index = kept.nonzero()[:, 0]
-        if len(self.kv_bits) == 2:
-            return Plan(attend=index, precise=index, fill=self.fill)
-        return Plan(attend=index, cache=index, fill=self.fill)
 
     def budget(self, mass: Tensor) -> int:
         """Eq. 6: the smallest p whose p largest masses reach tau of the total."""
@@ -52,13 +158,63 @@ class ZipVL(Selection):
         largest = mass.to(exact).sort(descending=True).values.cumsum(0)
         return min(len(mass), int((largest < self.tau * largest[-1]).sum()) + 1)
 
-    def score(self, view: View, mass: Tensor) -> Tensor:
-        """Eq. 7: mass [T] over `columns`, so that early tokens gain nothing by being seen often."""
-        return mass / self.columns(view)
 
-    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
-        """Eq. 6 and 8 for new tokens; the newest query sees them all, so Eq. 7 changes nothing."""
+@dataclass(repr=False, kw_only=True)
+class ZipVLPlus(ZipVL):
+    """The defaults of `zipvl`."""
+
+    fill: str = field(default="previous", init=False)
+
+
+@dataclass(repr=False, kw_only=True)
+class ZipVLQuant(ZipVL):
+    """4 and 2 bits, 100 new tokens at a time, as published; one width is for all tokens."""
+
+    kv_bits: KVBits = (4, 2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.kv_bits), "kv_bits is missing: give one or two bit widths, such as 4/2")
+        self.kv_bits = (as_bits(self.kv_bits) * 2)[:2]
+
+
+@dataclass(repr=False)
+class Fixed(Selection):
+    """ratio 0.4, near the 42.1 % of the paper's ablation on Video-MME."""
+
+    ratio: float = 0.4
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.ratio <= 1,
+            f"ratio is {self.ratio}: give the share to keep, above 0 and up to 1",
+        )
+        super().__post_init__()
+
+    def keeps_all(self) -> bool:
+        return self.ratio >= 1
+
+    def budget(self, mass: Tensor) -> int:
+        return max(1, round(self.ratio * len(mass)))
+
+    def score(self, view: View, mass: Tensor, rows: Tensor) -> Tensor:
+        return super().score(view, mass, rows).masked_fill(self.forced(view), inf)
+
+
+@dataclass(repr=False, kw_only=True)
+class Random(Fixed):
+    """ratio 0.4, as `fixed`; fresh noise in every layer, the same for a seed and a length."""
+
+    recent: int = field(default=64, init=False, repr=False)  # no probes, and nothing about them
+    random: int = field(default=64, init=False, repr=False)
+    divisor: str = field(default="none", init=False)
+    kv_bits: KVBits = field(default=None, init=False)
+    interval: int | None = field(default=100, init=False)
+
+    def plan(self, view: View) -> Plan:
         if self.keeps_all():
-            return None
-        mass = mass.mean(0)
-        return mass.topk(self.budget(mass)).indices.sort().values
+            return Plan()
+        chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
+        noise = torch.rand(view.length, generator=chance).to(view.k.device)
+        score = noise.masked_fill(self.forced(view), inf)
+        return self.keep(view, score, self.budget(noise))

@@ -24,11 +24,16 @@ class Oracle:
         self.values: list[Tensor] = []
         self.held: list[Tensor] = []  # per layer [H, slots]: which of them each head may still see
 
-    def prefill(self, x: Tensor, plans: list[Plan]) -> Tensor:
-        """Embeddings x [T, C] -> final hidden states [T', C] of the tokens that reach the end."""
+    def prefill(self, x: Tensor, plans: list[Plan], started: Plan | None = None,
+                trims: list[dict[int, Tensor]] | None = None) -> Tensor:  # fmt: skip
+        """Embeddings x [T, C] -> final hidden states [T', C] of the tokens that reach the end.
+
+        `plans` and `trims` are one a layer, `started` is what start() answered."""
         x, positions = x.detach().double(), torch.arange(len(x))
         heads = self.config.num_heads
-        for w, plan in zip(self.blocks, plans, strict=True):
+        if started is not None and started.stream is not None:
+            x, positions = x[started.stream], positions[started.stream]
+        for layer, (w, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             n = len(x)
             q, k, v = self.project(w, x, positions)
             keep = torch.ones(n, dtype=torch.bool)
@@ -41,24 +46,27 @@ class Oracle:
             self.held.append(self.per_head(held))
             self.keys.append(k)
             self.values.append(v)
+            for earlier, slots in (trims[layer] if trims else {}).items():
+                self.held[earlier] = self.held[earlier].gather(1, self.per_head(slots))
             if plan.stream is not None:
                 x, positions = x[plan.stream], positions[plan.stream]
         return self.norm(x, self.last)
 
-    def step(self, x: Tensor, position: int, evictions: list[Tensor | None]) -> Tensor:
-        """One new token, x [1, C] -> [1, C]; then only the slots `evictions` of each layer stay."""
+    def step(self, x: Tensor, position: int, plans: list[Plan]) -> Tensor:
+        """One new token, x [1, C] -> [1, C]: of its slots each layer's plan reads `attend`, and
+        `cache` of them stay."""
         x, at = x.detach().double(), torch.tensor([position])
-        for i, (w, slots) in enumerate(zip(self.blocks, evictions, strict=True)):
+        for i, (w, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             q, k, v = self.project(w, x, at)
             self.keys[i] = torch.cat((self.keys[i], k))
             self.values[i] = torch.cat((self.values[i], v))
             n, heads = len(self.keys[i]), self.config.num_heads
-            self.held[i] = torch.cat((self.held[i], torch.full((heads, 1), n - 1)), dim=1)
+            held = torch.cat((self.held[i], torch.full((heads, 1), n - 1)), dim=1)
+            read = held if plan.attend is None else held.gather(1, self.per_head(plan.attend))
             mask = torch.zeros(heads, 1, n, dtype=torch.bool)
-            mask.scatter_(2, self.held[i][:, None], True)
+            mask.scatter_(2, read[:, None], True)
             x = self.rest(w, x, self.attend(q, self.keys[i], self.values[i], mask))
-            if slots is not None:
-                self.held[i] = self.held[i].gather(1, self.per_head(slots))
+            self.held[i] = held if plan.cache is None else held.gather(1, self.per_head(plan.cache))
         return self.norm(x, self.last)
 
     def correct(self, layer: int, k: Tensor, v: Tensor) -> float:

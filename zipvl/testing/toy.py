@@ -1,17 +1,16 @@
 """A tiny random decoder in memory, and a policy that watches another one at work on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..config import TextConfig
-from ..engine.cache import Cache
-from ..engine.storage import Storage
+from ..model.batch import Batch
+from ..model.cache import Cache
 from ..model.decoder import Decoder
 from ..model.kernels import attend_sdpa
-from ..model.pack import Pack
-from ..policy import Plan, Policy, View
+from ..policy import Notes, Plan, Policy, PromptView, StepView, Storage, View
 
 Prompt = tuple[Tensor, Tensor]  # input ids [T], is_visual [T]
 ROOM = 4  # tokens generated in a run
@@ -29,6 +28,7 @@ class Trace:
     held: list[list[tuple[Tensor, Tensor, Tensor]]]  # before each step, of each layer: what the
     #   cache says of the first sequence, k and v [n, G, D] and positions [n, G]
     seen: "Watch"
+    notes: list[Notes]
 
 
 @dataclass(frozen=True)
@@ -65,69 +65,96 @@ class Toy:
         x = model.embed_tokens(torch.cat([ids for ids, _ in prompts]))
         at = torch.cat([torch.arange(n) for n in lengths])
         visual = torch.cat([v for _, v in prompts])
-        pack = Pack.build(lengths, at, visual, model.config, x.dtype)
-        out = model.prefill(x, pack, watch, attend_sdpa, room=steps)
+        notes = self.scout(policy, prompts, steps)
+        batch = Batch.build(lengths, at, visual, model.config, x.dtype, notes)
+        out = model.prefill(x, batch, watch, attend_sdpa, room=steps)
         counts = [list(c.spans.lengths) for c in out.caches]
         storage = [c.nbytes for c in out.caches]
         hidden, tokens = [out.hidden], torch.empty(len(prompts), 0, dtype=torch.long)
-        last, held = out.hidden[out.pack.spans.edges[1:].long() - 1], []
+        last, held = out.hidden[out.batch.spans.edges[1:].long() - 1], []
         for step in range(steps):
             new = (last @ self.head.T).argmax(-1)  # [B]
             tokens = torch.cat((tokens, new[:, None]), dim=1)
             positions = torch.tensor(lengths) + step
             k_v_at = [[t.clone() for t in c.view(0)] for c in out.caches]
             held.append([(k, v, at) for k, v, at in k_v_at])
-            last = model.decode(model.embed_tokens(new), positions, out.caches, watch, attend_sdpa)
+            x = model.embed_tokens(new)
+            last = model.decode(x, positions, out.caches, watch, attend_sdpa, notes)
             hidden.append(last)
-        return Trace(tokens.tolist(), hidden, out.caches, counts, storage, held, watch)
+        return Trace(tokens.tolist(), hidden, out.caches, counts, storage, held, watch, notes)
+
+    def scout(self, policy: Policy, prompts: list[Prompt], steps: int) -> list[Notes]:
+        """Fresh notes, or those that the policy's scout leaves."""
+        if policy.scout is None:
+            return [Notes(len(ids), steps) for ids, _ in prompts]
+        return self.run(policy.scout, prompts, steps).notes
 
 
 class Watch(Policy):
     """Does what another policy does, looks at its answers, and keeps them."""
 
     def __init__(self, policy: Policy):
-        self.policy, self.watch_decode = policy, policy.watch_decode
+        self.policy = policy
         self.plans: list[Plan] = []
-        self.evictions: list[Tensor | None] = []
+        self.trims: list[dict[int, Tensor]] = []
+        self.steps: list[Plan] = []
+        self.started: Plan | None = None
 
     @property
-    def storage(self) -> Storage:
+    def storage(self) -> Storage | None:
         return self.policy.storage
 
-    def probe(self, view: View) -> Tensor | None:
-        rows = self.policy.probe(view)
-        check_index(f"layer {view.layer}: the rows of probe()", rows, view.length, ndims=(1,))
-        return rows
+    def start(self, view: PromptView) -> Plan:
+        plan = self.policy.start(view) if self.policy.start else Plan()
+        check_stream("start(): plan.stream", plan.stream, view.length)
+        self.started = plan
+        return plan
 
     def plan(self, view: View) -> Plan:
         where, before = f"layer {view.layer}", [t.clone() for t in (view.k, view.is_visual)]
-        plan = self.policy.plan(view)
+
+        def score(rows: Tensor) -> Tensor:
+            check_index(f"{where}: the rows of view.mass()", rows, view.length, ndims=(1,))
+            return view.score(rows)
+
+        plan = self.policy.plan(replace(view, score=score))
         expect(
             torch.equal(view.k, before[0]) and torch.equal(view.is_visual, before[1]),
             f"{where}: plan() changed a tensor of the view: work on a .clone()",
         )
         check_index(f"{where}: plan.attend", plan.attend, view.length, ndims=(1,))
         check_index(f"{where}: plan.cache", plan.cache, view.length, heads=len(view.k))
-        check_index(f"{where}: plan.stream", plan.stream, view.length, ndims=(1,))
         check_index(f"{where}: plan.precise", plan.precise, view.length, ndims=(1,))
-        expect(
-            plan.stream is None or int(plan.stream[-1]) == view.length - 1,
-            f"{where}: plan.stream drops the prompt's last token, from which the answer starts",
-        )
+        check_stream(f"{where}: plan.stream", plan.stream, view.length)
         self.plans.append(plan)
         return plan
 
-    def precise(self, layer: int, mass: Tensor, state: dict) -> Tensor | None:
-        index = self.policy.precise(layer, mass, state)
-        check_index(f"layer {layer}: what precise() returns", index, mass.shape[1], ndims=(1,))
-        return index
+    def trim(self, layer: int, notes: Notes) -> dict[int, Tensor] | None:
+        slots = (self.policy.trim(layer, notes) if self.policy.trim else None) or {}
+        for earlier, index in slots.items():
+            what = f"layer {layer}: what trim() names of layer {earlier}"
+            expect(0 <= earlier <= layer, f"{what}: that layer has no cache yet")
+            check_index(what, index, notes.prompt)
+        self.trims.append(slots)
+        return slots
 
-    def evict(self, layer: int, slots: int, state: dict, probs: Tensor | None) -> Tensor | None:
-        keep = self.policy.evict(layer, slots, state, probs)
-        heads = 0 if probs is None else len(probs)  # unknown to a method that does not watch
-        check_index(f"layer {layer}: what evict() returns", keep, slots, heads=heads)
-        self.evictions.append(keep)
-        return keep
+    def step(self, view: StepView) -> Plan:
+        where = f"layer {view.layer}, a decode step"
+        plan = self.policy.step(view) if self.policy.step else Plan()
+        heads = len(view.k)
+        check_index(f"{where}: plan.attend", plan.attend, view.length, heads=heads)
+        check_index(f"{where}: plan.cache", plan.cache, view.length, heads=heads)
+        check_index(f"{where}: plan.precise", plan.precise, view.due, ndims=(1,))
+        self.steps.append(plan)
+        return plan
+
+
+def check_stream(name: str, index: Tensor | None, count: int) -> None:
+    check_index(name, index, count, ndims=(1,))
+    expect(
+        index is None or int(index[-1]) == count - 1,
+        f"{name} drops the prompt's last token, from which the answer starts",
+    )
 
 
 def expect(true: bool, sentence: str) -> None:

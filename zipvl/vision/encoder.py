@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import VisionConfig
 from ..errors import ModelError
-from ..model.linear import Linear
+from ..linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),

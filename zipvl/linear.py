@@ -56,8 +56,10 @@ def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+class SwiGLU(nn.Module):
     """silu(gate) * up, in the memory of `gate` where no gradient will ask for it again."""
-    if torch.is_grad_enabled():
-        return F.silu(gate) * up
-    return F.silu(gate, inplace=True).mul_(up)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.silu(gate) * up
+        return F.silu(gate, inplace=True).mul_(up)

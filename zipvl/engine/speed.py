@@ -1,0 +1,282 @@
+"""What makes things faster behind the readable path, each asked for by name and tested equal to it.
+
+--weights   packed products    a copy of each weight in 8 or 4 bits, for decoding on a CPU
+--compile   compiled rows      norm, rotation and gate of a prefill as one kernel each
+            a CUDA graph       a decode step that is the same at every step, recorded and replayed
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..linear import FEW, Linear, SwiGLU
+from ..model.batch import Batch, Rotate, Spans, rope_table
+from ..model.cache import Cache
+from ..model.decoder import Decoder, RMSNorm, rms_norm
+from ..model.kernels import Attend, attend_sdpa, sdpa
+from ..model.vlm import VLM
+from ..policy import Notes, Policy
+from .engine import Step
+
+# --- weights in 8 or 4 bits -----------------------------------------------------------------------
+#
+# Decoding reads every weight once a step, so fewer bytes are fewer milliseconds. Many rows are
+# another matter: unpacking then costs more than it saves, and a prefill would be many times slower.
+# So each layer keeps its weight in full for prefill and gains a packed copy for up to PACKED_ROWS
+# rows: memory grows, by 1 byte (int8) or 0.56 bytes (int4) a weight. Both products take bfloat16
+# rows (their float32 forms are slow), whatever the model's dtype.
+#
+#     int8    w = q s, one scale s an output row, symmetric
+#     int4    w = (q - 8) s + z, scale and middle for each GROUP inputs of an output row
+#
+# A batch of more sequences than that decodes with full weights, so its answers may differ from
+# those given one by one.
+
+PACKED_ROWS = 4  # rows up to which the packed products were faster
+GROUP = 64  # inputs that share a scale at 4 bits
+KINDS = ("full", "int8", "int4")
+
+
+def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [out, in] -> codes int8 [out, in], scales bfloat16 [out]."""
+    w = weight.float()
+    scales = (w.abs().amax(1) / 127).clamp_min(1e-20).bfloat16()
+    codes = (w / scales.float()[:, None]).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales
+
+
+def pack_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [out, in] -> codes in the order of this machine's kernel, and scale and middle
+    bfloat16 [in / GROUP, out, 2]."""
+    w = weight.float().unflatten(1, (-1, GROUP))  # [out, in / GROUP, GROUP]
+    low, high = w.aminmax(dim=2)
+    scales = ((high - low) / 15).clamp_min(1e-20).bfloat16()
+    middles = (low + 8 * scales.float()).bfloat16()
+    codes = ((w - middles.float()[..., None]) / scales.float()[..., None]).round() + 8
+    codes = codes.clamp(0, 15).to(torch.int32).flatten(1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return packed, torch.stack((scales, middles), dim=-1).transpose(0, 1).contiguous()
+
+
+def times_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int8pack_mm(x, codes, scales)
+
+
+def times_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, GROUP, scales)
+
+
+Packing = Callable[[Tensor], tuple[Tensor, Tensor]]
+Times = Callable[[Tensor, Tensor, Tensor], Tensor]
+FORMS: dict[str, tuple[Packing, Times]] = {
+    "int8": (pack_int8, times_int8),
+    "int4": (pack_int4, times_int4),
+}
+
+
+class PackedLinear(Linear):
+    """The layer `full` with its own weight and bias, and a packed copy for few rows."""
+
+    def __init__(self, full: Linear, kind: str):
+        super().__init__(full.in_features, full.out_features, bias=False, device="meta")
+        self.weight, self.bias = full.weight, full.bias
+        pack, self.times = FORMS[kind]
+        self.codes, self.scales = pack(full.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or len(x) > PACKED_ROWS or torch.is_grad_enabled():
+            return super().forward(x)
+        out = self.times(x.bfloat16(), self.codes, self.scales).to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def check_kind(kind: str, device: torch.device) -> None:
+    """Raises UsageError for an unknown kind, and for packed weights where no CPU computes."""
+    if kind not in KINDS:
+        raise UsageError(f"unknown weights {kind!r}: use {', '.join(KINDS)}")
+    if kind != "full" and device.type != "cpu":
+        raise UsageError(
+            f"weights {kind!r} are for decoding on a CPU and the device is {device}: leave out "
+            "--weights, or use --device cpu"
+        )
+
+
+def fits(layer: Linear, kind: str) -> bool:
+    """Whether the packed product takes this shape; other layers stay as they are."""
+    return kind == "int8" or (layer.out_features % 16 == 0 and layer.in_features % GROUP == 0)
+
+
+def pack_weights(model: nn.Module, kind: str) -> int:
+    """Gives the decoder's linear layers and the head packed copies; returns their bytes."""
+    if kind == "full":
+        return 0
+    decoder = [
+        (n, m) for n, m in model.named_modules() if not n.startswith(("vision", "projector"))
+    ]
+    layers = {name: m for name, m in decoder if isinstance(m, Linear) and fits(m, kind)}
+    packed = {name: PackedLinear(m, kind) for name, m in layers.items()}
+    for name, layer in packed.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    return sum(layer.packed_bytes for layer in packed.values())
+
+
+# --- compiled rows --------------------------------------------------------------------------------
+#
+# PyTorch runs norm, rotation and gate as several kernels that each read and write all rows.
+# Compiled from the very same functions they pass over memory once. Few rows, as in decoding, and
+# training go the plain way, so no code is made for every batch size and none enters a CUDA graph.
+
+
+def compiled(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`plain` for any number of rows of its first argument; made at the first call."""
+    fused = torch.compile(plain, dynamic=True)
+
+    def choose(x: Tensor, *others: Any) -> Tensor:
+        few = len(x) <= FEW or torch.is_grad_enabled()
+        return (plain if few else fused)(x, *others)
+
+    return choose
+
+
+class FusedNorm(RMSNorm):
+    """In the place of the norm `plain`, with its weight."""
+
+    def __init__(self, plain: RMSNorm, norm: Callable[..., Tensor]):
+        super().__init__(0, plain.eps)
+        self.weight, self.norm = plain.weight, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.weight, self.eps)
+
+
+class Fused(nn.Module):
+    """In the place of a module without weights."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+@torch.inference_mode()
+def compile_rows(text: Decoder) -> None:
+    """Gives a decoder the compiled forms, made now. Raises UsageError where that is impossible."""
+    config, weight, rows = text.config, text.norm.weight, FEW + 1
+    D, make = config.head_dim, weight.new_zeros
+    x, cos, wide = make(2 * rows, len(weight)), make(2 * rows, 1, D // 2), make(rows, len(weight))
+    sin = cos.clone()  # two arguments that are one would be taken for always one
+    try:
+        norm, turn, gate = compiled(rms_norm), compiled(Rotate()), compiled(SwiGLU())
+        for part in (slice(rows), slice(rows, None)):  # a chunk at the start of its tensor and not
+            norm(x[part], weight, config.rms_norm_eps)
+            for heads in (config.num_heads, config.num_kv_heads):
+                turn(make(rows, heads, D), cos[part], sin[part])
+        if weight.device.type != "cpu":  # there in place is faster than what the compiler makes
+            gate(wide, wide.clone())
+    except Exception as e:  # whatever the compiler's many layers raise
+        why = (str(root(e)).strip() or type(e).__name__).splitlines()[0]
+        raise UsageError(
+            f"--compile cannot be used here ({why}): install the compiler that torch.compile "
+            "needs (g++, clang or cl for a CPU, Triton for CUDA), or leave out --compile"
+        ) from None
+    text.norm = FusedNorm(text.norm, norm)
+    for block in text.blocks():
+        block.input_layernorm = FusedNorm(block.input_layernorm, norm)
+        block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm, norm)
+        block.self_attn.rotate = Fused(turn)
+        if weight.device.type != "cpu":
+            block.mlp.act = Fused(gate)
+
+
+def root(e: BaseException) -> BaseException:
+    return root(e.__cause__) if e.__cause__ else e
+
+
+# --- a decode step as a CUDA graph ----------------------------------------------------------------
+#
+#     ids, positions [B]  ->  embedding, layers, head  ->  logits float32 [B, V]
+#
+# The ordinary step launches its hundreds of small kernels anew for each token, which at small
+# batches takes a GPU longer than running them. A static step keeps everything in place: ids and
+# positions in buffers, lengths in tensors, caches at the capacity they have from the start, no
+# number read back. It is recorded once and replayed from then on, and again when a sequence leaves
+# the batch.
+#
+# No GPU was at hand: the static step is tested on a CPU, also through a recorder that stands in for
+# the graph (tests/test_compile.py); the capture itself has not run on a GPU yet.
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
+    """One row a sequence over all its places, the unused masked on the device: the same shapes
+    and addresses at every step, as a CUDA graph needs them. Unused places must hold numbers."""
+    out = []
+    for b, (start, places) in enumerate(zip(k_spans.starts, k_spans.capacity, strict=True)):
+        at, seen = slice(start, start + places), torch.arange(places, device=q.device)
+        mask = (seen < k_spans.used[b])[None]  # [1, places]
+        out.append(sdpa(q[None, b : b + 1], k[None, at], v[None, at], mask)[0])
+    return torch.cat(out)
+
+
+class StaticStep(Step):
+    """The same operations on the same memory at every step."""
+
+    def __init__(self, model: VLM, caches: Sequence[Cache], notes: list[Notes], policy: Policy,
+                 attend: Attend):  # fmt: skip
+        attend = attend_masked if attend is attend_sdpa else attend
+        super().__init__(model, caches, notes, policy, attend)
+        B, device, config = len(caches[0].spans), model.device, model.text.config
+        self.ids = torch.zeros(B, dtype=torch.long, device=device)
+        at, text = torch.zeros_like(self.ids), torch.zeros_like(self.ids, dtype=torch.bool)
+        self.batch = Batch.build([1] * B, at, text, config, model.dtype, notes)
+
+    @classmethod
+    def check(cls, policy: Policy) -> None:
+        if policy.storage is not None or policy.step is not None:
+            what = "drops cached tokens" if policy.storage is None else "quantises its cache"
+            raise UsageError(
+                f"the method {type(policy).__name__} {what} while decoding, which a CUDA graph "
+                "cannot repeat: leave out --compile"
+            )
+
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        self.ids.copy_(ids)
+        self.batch.positions.copy_(positions)
+        return self.run()
+
+    def run(self) -> Tensor:
+        text = self.model.text
+        cos, sin = rope_table(self.batch.positions, text.config, self.model.dtype)
+        batch, x = replace(self.batch, cos=cos, sin=sin), text.embed_tokens(self.ids)
+        return self.model.logits(text.step(x, batch, self.caches, self.policy, self.attend))
+
+
+class GraphStep(StaticStep):
+    """The static step, run once, then recorded, then replayed."""
+
+    warm = False
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self) -> Tensor:
+        if not self.warm:  # kernels and workspaces are loaded, which must not happen in a capture
+            self.warm = True
+            return super().run()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records without running
+                self.logits = super().run()
+        else:
+            for cache in self.caches:
+                cache.spans.count()
+        self.graph.replay()
+        return self.logits

@@ -1,0 +1,112 @@
+"""A packed batch: sequences one after the other, without padding; where each row lies, its place in
+the prompt, and the angle of that place.
+
+Positions are a token's place in the whole prompt. They never come from the length of a cache: after
+tokens were dropped the two differ, and every later token would be turned by a wrong angle.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TextConfig
+from ..policy import Notes
+
+
+class Spans:
+    """Where each sequence of a packed batch lies: start and length, as ints and on the device."""
+
+    def __init__(self, lengths: list[int], device: torch.device | str, room: int = 0):
+        """`room` leaves that many unused places after each sequence."""
+        self.lengths = list(lengths)
+        self.room = room
+        self.capacity = [n + room for n in lengths]
+        ends = torch.tensor([0, *self.capacity]).cumsum(0)
+        self.starts: list[int] = ends[:-1].tolist()
+        self.total = int(ends[-1])
+        self.edges = ends.to(device, torch.int32)  # [B + 1], cu_seqlens of FlashAttention
+        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=device)  # [B]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def slices(self) -> list[slice]:
+        return [slice(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
+
+    def grow(self) -> None:
+        """Every sequence takes one more of its places."""
+        self.count()
+        self.used += 1
+
+    def count(self) -> None:
+        """The half of grow() that a replayed CUDA graph does not do."""
+        self.lengths = [n + 1 for n in self.lengths]
+
+    def shrink(self, lengths: list[int]) -> None:
+        self.lengths = list(lengths)
+        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=self.used.device)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes with the hidden states [sum T, C] of a packed batch through the layers."""
+
+    spans: Spans
+    positions: Tensor  # [sum T] place of each token in its own prompt
+    is_visual: Tensor  # [sum T] bool
+    cos: Tensor  # [sum T, 1, D/2]
+    sin: Tensor
+    notes: list[Notes]  # one a sequence, for all layers
+    chunk: int | None = None  # rows at a time where temporaries would grow with T; None: all
+
+    @classmethod
+    def build(cls, lengths: list[int], positions: Tensor, is_visual: Tensor, config: TextConfig,
+              dtype: torch.dtype, notes: list[Notes] | None = None) -> "Batch":  # fmt: skip
+        """positions, is_visual [sum T]; `notes` None: fresh ones."""
+        cos, sin = rope_table(positions, config, dtype)
+        notes = [Notes(n) for n in lengths] if notes is None else notes
+        return cls(Spans(lengths, positions.device), positions, is_visual, cos, sin, notes)
+
+    def rows(self, chosen: list[Tensor | None]) -> tuple[Tensor | slice, Spans]:
+        """Rows [sum K] of the `chosen` tokens [K] of each sequence (None: all of them), and where
+        each sequence lies among these rows."""
+        if all(index is None for index in chosen):
+            return slice(None), self.spans
+        device = self.positions.device
+        parts = [
+            torch.arange(s, s + n, device=device) if index is None else index + s
+            for index, s, n in zip(chosen, self.spans.starts, self.spans.lengths, strict=True)
+        ]
+        return join(parts), Spans([len(part) for part in parts], device)
+
+    def take(self, rows: Tensor | slice, spans: Spans) -> "Batch":
+        """The batch of `rows` [sum K''] only, at `spans`; positions stay the original ones."""
+        return replace(
+            self, spans=spans, positions=self.positions[rows], is_visual=self.is_visual[rows],
+            cos=self.cos[rows], sin=self.sin[rows],
+        )  # fmt: skip
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """One after the other; a lone part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def rope_table(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, D/2] for `positions` [T], computed in float32, cast to `dtype`.
+
+    Linear scaling divides the frequencies, as transformers' `rope_type: linear` does.
+    """
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[:, None, None].float() / config.rope_theta**steps / config.rope_factor
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Rotate(nn.Module):
+    """Rotary position embedding, rotate-half form, as Llama, Mistral and Qwen2 use it."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turns each pair (x[i], x[i + D/2]) of x [T, heads, D] by its position's angle."""
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,0 +1,156 @@
+"""What stays of a prompt: per layer, the kept keys and values, contiguous, G heads wide.
+
+    slots   | a0 a1 a2 a3 . . | b0 b1 . . |        one tensor [slots, G, D] for the whole batch
+              kept     room     kept  room         sequence b owns `spans` b: its kept tokens, then
+                                                   room for the tokens it will generate
+It is allocated after the layer has selected, at the size it needs, and written in place from then
+on. Each slot remembers the position its token had in the prompt; a new token's position is given by
+the caller and never derived from a cache length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..policy import Plan, Storage
+from .batch import Spans
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of one sequence in one layer."""
+
+    k: Tensor  # [K, G, D]
+    v: Tensor  # [K, G, D]
+    positions: Tensor  # [K], or [K, G] where heads keep different tokens
+    precise: Tensor | None = None  # [m] slots that a mixed storage gives more bits; None: all
+
+    @classmethod
+    def of(cls, plan: Plan, k: Tensor, v: Tensor, positions: Tensor, chosen: bool) -> "Kept":
+        """The tokens plan.cache of k [T, G, D] and `positions` [T]; v holds all tokens, or these
+        only (`chosen`)."""
+        index = plan.cache
+        where = positions if index is None else positions[index if index.ndim == 1 else index.T]
+        precise = plan.precise
+        if precise is not None and index is not None:
+            precise = torch.isin(index, precise).nonzero()[:, 0]
+        return cls(select(k, index), v if chosen else select(v, index), where, precise)
+
+
+class Cache(Protocol):
+    """What the attention layer and the decode loop need of a cache, whatever it stores."""
+
+    spans: Spans
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None: ...
+    def read(self) -> tuple[Tensor, Tensor, Spans]: ...
+    def places(self, sequence: int) -> Tensor: ...
+    def due(self, sequence: int) -> int: ...
+    def apply(self, plans: Sequence[Plan]) -> None: ...
+    def view(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def drop(self, keep: list[int]) -> "Cache": ...
+    def trim(self, slots: Sequence[Tensor | None]) -> "Cache": ...
+    def sequence_bytes(self) -> list[int]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+Store = Callable[[list[Kept]], Cache]
+
+
+class LayerCache:
+    """Keys and values of one layer for a batch of sequences, in full precision."""
+
+    def __init__(self, kept: list[Kept], room: int):
+        """One `kept` a sequence; `room` new tokens each."""
+        like = kept[0].k
+        self.spans = Spans([len(one.k) for one in kept], like.device, room)
+        shape = (self.spans.total, *like.shape[1:])
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # a graph reads free places
+        self.positions = kept[0].positions.new_full(shape[:2], -1)  # [slots, G]
+        for at, one in zip(self.spans.slices(), kept, strict=True):
+            self._write(at, one)
+
+    def _write(self, at: slice | Tensor, new: Kept) -> None:
+        self.k[at], self.v[at] = new.k, new.v
+        places = new.positions
+        self.positions[at] = places if places.ndim == 2 else places[:, None]
+
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """One new token per sequence: k, v [B, G, D], positions [B]."""
+        at = self.spans.edges[:-1] + self.spans.used  # [B]
+        self._write(at, Kept(k, v, positions))
+        self.spans.grow()
+
+    def read(self) -> tuple[Tensor, Tensor, Spans]:
+        """k, v [slots, G, D] of all sequences and where each lies, no copy."""
+        return self.k, self.v, self.spans
+
+    def places(self, sequence: int) -> Tensor:
+        """Positions [n, G] of one sequence's slots."""
+        return self.positions[self.spans.slices()[sequence]]
+
+    def due(self, sequence: int) -> int:
+        """How many of the newest slots leave full precision after this step."""
+        return 0
+
+    def apply(self, plans: Sequence[Plan]) -> None:
+        """What a decode step decided, one plan a sequence: only the slots plan.cache stay."""
+        for sequence, plan in enumerate(plans):
+            if plan.cache is not None:
+                self.keep(sequence, plan.cache)
+
+    def view(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v [n, G, D] and positions [n, G] of one sequence, no copy."""
+        at = self.spans.slices()[sequence]
+        return self.k[at], self.v[at], self.positions[at]
+
+    def keep(self, sequence: int, slots: Tensor) -> None:
+        """Only `slots` [N] or [G, N] of a sequence stay, in that order."""
+        kept = self.chosen(sequence, slots)
+        start, lengths = self.spans.starts[sequence], list(self.spans.lengths)
+        self._write(slice(start, start + len(kept.k)), kept)
+        lengths[sequence] = len(kept.k)
+        self.spans.shrink(lengths)
+
+    def chosen(self, sequence: int, slots: Tensor | None) -> Kept:
+        """The tokens in `slots` of a sequence, None: all."""
+        return Kept(*(select(t, slots) for t in self.view(sequence)))
+
+    def drop(self, keep: list[int]) -> "LayerCache":
+        """The cache of the sequences in `keep`, when others have finished."""
+        free = min(self.spans.capacity[i] - self.spans.lengths[i] for i in keep)
+        return LayerCache([self.chosen(i, None) for i in keep], free)
+
+    def trim(self, slots: Sequence[Tensor | None]) -> "LayerCache":
+        """The cache of these slots of each sequence, None: all; the others' memory is freed."""
+        return LayerCache([self.chosen(b, s) for b, s in enumerate(slots)], self.spans.room)
+
+    def sequence_bytes(self) -> list[int]:
+        """Bytes of each sequence's slots, filled and free; they add up to `nbytes`."""
+        slot = 2 * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
+        return [places * slot for places in self.spans.capacity]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values occupy in storage, room for new tokens included."""
+        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+
+
+def store_as(storage: Storage | None, room: int) -> Store:
+    """What builds the caches of one prefill as a method stores them, with `room` for new tokens."""
+    return partial(LayerCache, room=room) if storage is None else storage.store(room)
+
+
+def select(x: Tensor, index: Tensor | None) -> Tensor:
+    """Tokens `index` of x [T, G, ...]: None all, [K] the same for all heads, [G, K] per head."""
+    if index is None:
+        return x
+    if index.ndim == 1:
+        return x[index]
+    heads = torch.arange(x.shape[1], device=x.device)
+    return x[index.T, heads]  # [K, G, ...]
