@@ -173,3 +173,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{path} does not hold a JSON object: download the file again")
     return data
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, {} where there is no such file."""
+    return read_json(path) if path.exists() else {}

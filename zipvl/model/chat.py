@@ -27,16 +27,9 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from ..config import ModelConfig
+from ..config import ModelConfig, optional_json
 from ..errors import ModelError, UsageError
-from .tokenizer import (
-    Detokenizer,
-    bos_ids,
-    load_tokenizer,
-    named_tokens,
-    optional_json,
-    stop_ids,
-)
+from .tokenizer import Detokenizer, bos_ids, load_tokenizer, named_tokens, stop_ids
 
 Part = dict[str, str]  # {"type": "image"} | {"type": "video"} | {"type": "text", "text": ...}
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": [Part, ...]}

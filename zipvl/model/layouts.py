@@ -17,6 +17,7 @@ from ..config import (
     Section,
     TextConfig,
     VisionConfig,
+    optional_json,
     read_json,
     shown,
 )
@@ -217,7 +218,7 @@ def _read_original(folder: Path, file: Section) -> ModelConfig:
 
 
 def _find_tower(folder: Path, file: Section) -> Section:
-    """The tower's own config; it is `where` its weights may be too: a folder or a hub id."""
+    """The tower's own config, `where` its weights may be too: a folder or a hub id."""
     name = file.raw["mm_vision_tower"]
     name = name if isinstance(name, str) else ""
     for place in (folder / name, Path(name)):
@@ -323,7 +324,7 @@ def _needs_map(file: Section, vision: VisionConfig) -> None:
 def _read_preprocessor(folder: Path) -> Section:
     """Image-processor settings: preprocessor_config.json (v4) or processor_config.json (v5)."""
     for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        raw = read_json(path) if path.exists() else {}
+        raw = optional_json(path)
         raw = Section(raw, str(path)).section("image_processor").raw or raw
         if "image_mean" in raw or "size" in raw:
             return Section(raw, str(folder))

@@ -22,7 +22,7 @@ from tokenizers import (
     processors,
 )
 
-from ..config import ModelConfig, read_json
+from ..config import ModelConfig, optional_json, read_json
 from ..errors import ModelError
 
 QWEN2_SPLIT = (  # one digit at a time; transformers models/qwen2/tokenization_qwen2.py
@@ -109,11 +109,6 @@ def _add_missing(tok: Tokenizer, folder: Path, settings: dict[str, Any]) -> None
                 f"{folder}: added token {text!r} should have id {i} but gets "
                 f"{tok.token_to_id(text)}: the tokenizer files do not belong together"
             )
-
-
-def optional_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, {} where there is no such file."""
-    return read_json(path) if path.exists() else {}
 
 
 def named_tokens(tok: Tokenizer, folder: Path, settings: dict[str, Any]) -> dict[str, str]:
