@@ -17,12 +17,12 @@ because machines are noisy. `--out` writes the raw JSON, `--plot` draws it.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from zipvl.engine.stats import peak_memory
 
+from ..raw import write_json
 from .benches import bench_batch, bench_decode, bench_prefill
 from .e2e import bench_e2e
 from .frames import bench_frames
@@ -97,8 +97,7 @@ def main() -> None:
     for row in report["rows"]:
         print(line(row))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.out, report)
     if args.plot:
         draw([report], args.plot)
 

@@ -7,7 +7,6 @@ of decode steps over caches of random keys and values, all methods in one interl
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from zipvl.model.cache import Cache, Kept, Store, store_as
 from zipvl.policies import load_policy
 from zipvl.policy import Notes, Storage
 
+from ..raw import write_json
 from .model import DTYPES, SHAPES, Model
 from .timing import CLOCKS, Factory, Row, interleaved, machine, ratios
 
@@ -171,8 +171,7 @@ def main() -> None:
                    "clock": args.clock, "rows": decode},
     }  # fmt: skip
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":

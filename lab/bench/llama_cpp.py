@@ -17,7 +17,6 @@ float16 and takes only the last token through the last layer's MLP; zipvl caches
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ import torch
 import xllamacpp
 from torch import Tensor
 
+from ..raw import write_json
 from .benches import our_steps
 from .model import Model
 from .timing import CLOCKS, Factory, Row, interleaved, machine, ratios, spread
@@ -187,8 +187,7 @@ def main() -> None:
         each = spread([s / row["steps"] for s in row["seconds"]])
         print(f"{row['bench']} {row['tokens']} tokens | {row['run']:<22} | {each} s")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":

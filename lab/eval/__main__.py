@@ -22,6 +22,7 @@ from zipvl.engine.load import load
 from zipvl.errors import UsageError, ZipvlError
 from zipvl.policies import load_policy
 
+from ..raw import rounded, write_json
 from .report import Answer, heat_map, markdown, table
 from .tasks import LARGEST, Item, same_answer, split_methods, task_items
 
@@ -70,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--suffix", default="", help="text after every question, such as ' Answer in two words.'")
     add("--device", default="auto")
     add("--dtype", default="auto")
-    add("--out", type=Path, help="folder for results.json, table.md and V-NIAH's heat maps")
+    add("--out", type=Path, help="folder for results.json, answers.jsonl, table.md and heat maps")
     return parser.parse_args(argv)
 
 
@@ -94,10 +95,10 @@ def run(args: argparse.Namespace) -> None:
     rows = table(answers)
     print(markdown(rows), end="")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        result = {"options": options, "rows": rows, "answers": [asdict(a) for a in answers]}
-        (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_json(args.out / "results.json", rounded({"options": options, "rows": rows}))
+        each = "".join(json.dumps(asdict(a)) + "\n" for a in answers)
+        (args.out / "answers.jsonl").write_text(each, "utf-8")
         (args.out / "table.md").write_text(markdown(rows), "utf-8")
         if args.task == "niah":
             for n, method in enumerate(methods):

@@ -45,7 +45,10 @@ def mean(values: Iterable[float]) -> float:
 
 
 def table(answers: list[Answer]) -> list[dict[str, Any]]:
-    """A row for every frame count, method and group, and for all groups together."""
+    """A row for every frame count, method and group, and for all groups together.
+
+    `hits` has a 1 or 0 for every item in their order, so that methods can be compared in pairs.
+    """
     cells: dict[tuple[int, str, str], list[Answer]] = defaultdict(list)
     for a in answers:
         cells[a.frames, a.method, "all"].append(a)
@@ -64,6 +67,7 @@ def table(answers: list[Answer]) -> list[dict[str, Any]]:
             "kv_bytes": mean(a.kv_bytes for a in some),
             "prefill_seconds": mean(a.prefill_seconds for a in some),
             "decode_seconds": mean(a.decode_seconds for a in some),
+            "hits": "".join("01"[a.ok] for a in some),
         })  # fmt: skip
     return rows
 

@@ -20,6 +20,7 @@ from zipvl.engine.watch import HELD
 from zipvl.vision.merge import count_tokens_video, merge_video
 
 from ..eval.tasks import LARGEST, Item, needle_items
+from ..raw import rounded
 from . import clips, draw, probe_study, stats
 from .runner import Job, Record, policy
 
@@ -111,7 +112,7 @@ def report(job: Job, found: list[Record]) -> None:
     sets = probe_study.rows([r for r in found if "choices" in r], "frames")
     seconds = {f"{n} {m}": clips.average(some, "seconds")
                for (n, m), some in clips.grouped(found, "frames", "method").items()}  # fmt: skip
-    job.finish(table, COLUMNS, {"prefill_seconds": stats.rounded(seconds, 2)},
+    job.finish(table, COLUMNS, {"prefill_seconds": rounded(seconds, 2)},
                by_depth=depths, sets=sets)  # fmt: skip
     figure(job, table, sets)
 

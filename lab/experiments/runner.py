@@ -24,7 +24,7 @@ from zipvl.errors import UsageError
 from zipvl.policies import load_policy
 from zipvl.policy import Policy
 
-from .stats import rounded
+from ..raw import rounded, write_json
 
 Record = dict[str, Any]
 IDEAS = "ideas.py:"
@@ -111,7 +111,7 @@ class Job:
     ) -> None:
         """Writes result.json, table.md and run.json (with `timing`), and prints the table."""
         result = {"settings": self.settings() | {"samples": self.samples}, "rows": rows} | more
-        (self.out / "result.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
+        write_json(self.out / "result.json", rounded(result))
         text = table(rows, columns)
         (self.out / "table.md").write_text(text, encoding="utf-8")
         print(text, end="")
@@ -119,7 +119,7 @@ class Job:
                  "session_seconds": round(time.time() - self.began), "torch": torch.__version__,
                  "device": str(self.engine.model.device), "threads": torch.get_num_threads(),
                  "processor": processor(), "cores": os.cpu_count()} | (timing or {})  # fmt: skip
-        (self.out / "run.json").write_text(json.dumps(where, indent=1) + "\n", encoding="utf-8")
+        write_json(self.out / "run.json", where)
 
 
 def processor() -> str:

@@ -1,7 +1,6 @@
 """Intervals for small samples. Everything is seeded: the same numbers give the same intervals."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -59,14 +58,3 @@ def spearman(x: Sequence[float], y: Sequence[float], seed: int = 0) -> dict[str,
     pairs = np.stack([ranks(np.asarray(x, float)), ranks(np.asarray(y, float))], 1)  # [n, 2]
     low, high = bootstrap(pairs, lambda d: pearson(d[..., 0], d[..., 1]), seed)
     return {"value": float(pearson(pairs[:, 0], pairs[:, 1])), "low": low, "high": high}
-
-
-def rounded(value: Any, digits: int = 6) -> Any:
-    """JSON data with its floats cut, NaN as None."""
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(v, digits) for v in value]
-    if isinstance(value, float):
-        return None if value != value else round(value, digits)
-    return value

@@ -105,6 +105,7 @@ def test_table_counts() -> None:
     assert by_group["all"]["accuracy"] == pytest.approx(2 / 3)
     assert by_group["g"]["accuracy"] == 0.5
     assert by_group["h"]["samples"] == 1
+    assert by_group["all"]["hits"] == "101"
     assert by_group["all"]["kept"] == 0.75
     assert by_group["all"]["kept_per_layer"] == [0.5, 1.0]
     text = markdown(rows)
@@ -125,8 +126,9 @@ def test_same_seed_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main([*options, "--device", "cpu", "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "one/table.md").read_text() == (tmp_path / "two/table.md").read_text()
     raw = json.loads((tmp_path / "one/results.json").read_text())
-    assert len(raw["answers"]) == 2 * 2 * 6
-    assert {a["method"] for a in raw["answers"]} == {"dense", "zipvl:tau=0.9"}
+    answers = list(map(json.loads, (tmp_path / "one/answers.jsonl").read_text().splitlines()))
+    assert len(answers) == 2 * 2 * 6
+    assert {a["method"] for a in answers} == {"dense", "zipvl:tau=0.9"}
     assert all(r["kept"] == 1 for r in raw["rows"] if r["method"] == "dense")
     assert "accuracy" in capsys.readouterr().out
 
@@ -136,7 +138,7 @@ def test_needles_end_in_heat_maps(tmp_path: Path) -> None:
     out = ["--task", "niah", "--frames", "4", "--samples", "5", "--out", str(tmp_path)]
     assert main([*out, "--device", "cpu"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {
-        "results.json", "table.md", "niah-0.png", "niah-1.png",
+        "answers.jsonl", "results.json", "table.md", "niah-0.png", "niah-1.png",
     }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from lab.experiments import (
 )
 from lab.experiments.__main__ import EXPERIMENTS, main
 from lab.experiments.runner import Job, cell, policy, table
+from lab.raw import rounded
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
@@ -78,8 +79,8 @@ def test_one_value_has_no_interval() -> None:
     one = stats.mean([2.5])
     assert one["value"] == 2.5
     assert np.isnan(one["low"])
-    assert stats.rounded(one) == {"value": 2.5, "low": None, "high": None}
-    assert cell(stats.rounded(one)) == "2.5"
+    assert rounded(one) == {"value": 2.5, "low": None, "high": None}
+    assert cell(rounded(one)) == "2.5"
 
 
 def test_share_is_wilsons() -> None:
