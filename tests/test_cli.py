@@ -28,8 +28,8 @@ from PIL import Image
 
 import zipvl
 from zipvl import cli as zipvl_cli
+from zipvl.engine import inputs as engine_inputs
 from zipvl.engine import load as engine_load
-from zipvl.engine import watch as engine_watch
 from zipvl.model.decoder import Decoder
 from zipvl.model.vlm import VLM
 
@@ -502,7 +502,7 @@ def interrupting(function: Callable, call: int = 1) -> Callable:
     ("owner", "name"),
     [
         (engine_load, "load_weights"),
-        (engine_watch, "read_video"),
+        (engine_inputs, "Reading"),
         (VLM, "encode"),
         (Decoder, "prefill"),
     ],
@@ -596,10 +596,8 @@ def test_chat_turns_build_on_each_other(cli: Cli, files: Path) -> None:
 
 def test_chat_reads_and_encodes_once(cli: Cli) -> None:
     reads, encodes = [], []
-    read, encode = engine_watch.read_video, VLM.encode
-    cli.patch.setattr(
-        engine_watch, "read_video", lambda *a, **k: reads.append(a[0]) or read(*a, **k)
-    )
+    read, encode = engine_inputs.Reading, VLM.encode
+    cli.patch.setattr(engine_inputs, "Reading", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
     cli.patch.setattr(VLM, "encode", lambda *a, **k: encodes.append(1) or encode(*a, **k))
     picture = cli.files / "picture.png"
     code, _, err = cli.chat("What?", "And?", "/clear", "Who?", f"/image {picture}", "Now?")

@@ -561,7 +561,7 @@ def test_out_of_memory_while_reading(engine: Engine, monkeypatch: pytest.MonkeyP
     def refuse(*_args: object, **_options: object) -> None:
         raise MemoryError("Unable to allocate 91.5 GiB for an array with shape (9, 9)")
 
-    monkeypatch.setattr("zipvl.engine.watch.read_video", refuse)
+    monkeypatch.setattr("zipvl.engine.inputs.Reading", refuse)
     with pytest.raises(OutOfMemory, match=r"91\.5 GiB.*--frames"):
         engine.prepare("What?", video="film.mp4")
 

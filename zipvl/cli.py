@@ -135,7 +135,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Everything after parsing. Returns the exit code."""
     from .vision.image import open_image
-    from .vision.local_file import local_file
+    from .vision.video import local_file
 
     a, probe = args, args.probe or {}
     for path in a.video:

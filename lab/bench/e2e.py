@@ -14,7 +14,7 @@ named shape; nothing is kept between runs, so each reads its file and encodes it
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,13 +22,12 @@ import numpy as np
 import torch
 
 from zipvl.engine.engine import Engine, Run
-from zipvl.engine.inputs import Inputs, Media
+from zipvl.engine.inputs import FrameBuffer, Inputs, Media
 from zipvl.engine.load import demo_clip, load
 from zipvl.engine.sampler import Sampling
 from zipvl.engine.stats import Clock
-from zipvl.engine.watch import Watch
 from zipvl.policies import load_policy
-from zipvl.vision.video import read_video
+from zipvl.vision.video import Reading
 
 from .model import DTYPES, QUESTION
 from .timing import Factory, Row, interleaved, ratios, spread
@@ -109,20 +108,22 @@ def middle(found: list[Row]) -> Row:
 
 def timed_clip(engine: Engine, path: str, frames: int, clock: Clock) -> Media:
     """What `read_clip` makes, with the seconds of decoding, resizing and encoding apart."""
-    watch = Watch(engine.model)
+    buffer = FrameBuffer(engine.model)
 
-    def fit(picture: np.ndarray) -> np.ndarray:
-        clock.lap("read")
-        seen = watch(picture)
-        clock.lap("resize")
-        return seen
+    def taken(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for frame in frames:
+            clock.lap("read")
+            yield frame
+            clock.lap("resize")  # what the buffer does with it
 
     clock.start()
-    clip = read_video(path, frames, fit=fit)
+    reading = Reading(path, frames)
+    for some in reading:
+        buffer.fill(taken(some))
     clock.lap("read")
-    clock.seconds["resize"] -= watch.seconds
-    media = watch.media(clip)  # the last frames
-    clock.seconds["encode"] = watch.seconds
+    clock.seconds["resize"] -= buffer.seconds
+    media = buffer.media(reading)  # the last frames
+    clock.seconds["encode"] = buffer.seconds
     return media
 
 

@@ -13,7 +13,7 @@ import torch
 
 from zipvl.engine.load import demo_clip, load
 from zipvl.engine.stats import Clock
-from zipvl.vision.video_index import opened
+from zipvl.vision.video import opened
 
 from .e2e import checkpoint_inputs, random_inputs
 from .memory import alone, peak

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from zipvl.engine.engine import Result
-from zipvl.engine.inputs import Inputs, Media
-from zipvl.engine.watch import HELD
+from zipvl.engine.inputs import HELD, Inputs, Media
 from zipvl.vision.merge import count_tokens_video, merge_video
 
 from ..eval.tasks import LARGEST, Item, needle_items

@@ -31,6 +31,7 @@ from .inputs import (
     as_list,
     build_inputs,
     conversation,
+    read_clip,
     read_image,
 )
 from .sampler import Sampling
@@ -44,7 +45,6 @@ from .stats import (
     peak_memory,
     restart_peak,
 )
-from .watch import read_clip
 
 CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
 
@@ -116,6 +116,7 @@ class Engine:
         start: float | None = None,
         end: float | None = None,
         system: str | None = None,
+        reader: str = "pyav",
     ) -> Inputs:
         """Token ids of `prompt` with its media.
 
@@ -123,7 +124,8 @@ class Engine:
         `<video>` in it place the media, else they come first. `video` is a path, uint8
         [F, H, W, 3], or a list of these.
         Media of an earlier Inputs are taken as they are, features included.
-        `frames` uniformly spread, or at most so many at `fps`; between seconds `start` and `end`.
+        `frames` uniformly spread, or at most so many at `fps`; between seconds `start` and `end`;
+        by the `reader` pyav, or by decord, which is for plain MP4 and Matroska files only.
         Raises MediaError, UsageError, ModelError.
         """
         began, messages = time.perf_counter(), conversation(prompt, system)
@@ -131,7 +133,7 @@ class Engine:
             images = as_list(images)
             pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
             clips = [
-                read_clip(v, self.model, self.progress, frames, fps, start, end)
+                read_clip(v, self.model, self.progress, frames, fps, start, end, reader)
                 for v in as_list(video)
             ]
         read, encode = time.perf_counter() - began, sum(seconds for _, seconds in clips)

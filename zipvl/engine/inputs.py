@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,13 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import ModelError, UsageError
 from ..model.chat import Chat
-from ..vision.image import Geometry, crops, open_image
-from ..vision.merge import count_tokens_image
-from ..vision.video import Clip
+from ..model.vlm import VLM
+from ..vision.image import Geometry, crops, fit_frame, open_image
+from ..vision.merge import count_tokens_image, count_tokens_video, merge_video
+from ..vision.video import Clip, Reading
+
+HELD = 128  # frames that may wait; whole batches, so that waiting does not change features
+BATCH = 16  # frames in the tower at a time
 
 Message = dict[str, Any]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]  # label, total
@@ -28,7 +33,7 @@ class Media:
     """One picture or video, cut to crops, not yet encoded."""
 
     kind: str  # image | video
-    crops: Tensor  # uint8 [n, S, S, 3]; none of a long video (watch.py)
+    crops: Tensor  # uint8 [n, S, S, 3]; none of a long video (FrameBuffer)
     geometry: Geometry | None  # None for a video
     tokens: int
     clip: Clip | None = None  # which frames a video gave; its pixels are `crops`
@@ -61,6 +66,80 @@ def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
     pixels, geometry = crops(open_image(source), config.media, alone)
     tokens = count_tokens_image(geometry, config.media, config.vision)
     return Media("image", torch.from_numpy(pixels), geometry, tokens)
+
+
+def read_clip(
+    source: VideoSource,
+    model: VLM,
+    progress: Progress,
+    frames: int | None,
+    fps: float | None,
+    start: float | None,
+    end: float | None,
+    reader: str,
+) -> tuple[Media, float]:
+    """A video and the seconds that encoding took of the time; Media pass.
+
+    Raises MediaError, UsageError.
+    """
+    if isinstance(source, Media):
+        return source, 0.0
+    if isinstance(source, np.ndarray) and frames is not None:
+        frames = min(frames, max(1, len(source)))  # chosen already: none is repeated
+    buffer = FrameBuffer(model)
+    with progress("read frames", frames or 0) as step:
+        reading = Reading(source, frames, fps, start, end, step, reader)
+        for some in reading:
+            buffer.fill(some)
+    return buffer.media(reading), buffer.seconds
+
+
+class FrameBuffer:
+    """Frames on their way into a model: a short video waits as pixels, a long one never does.
+
+    When HELD are waiting and more come, they are encoded, and only their pooled features stay.
+    """
+
+    def __init__(self, model: VLM):
+        size = model.config.media.size
+        self.model, self.seconds = model, 0.0  # spent on encoding
+        self.places = torch.empty(HELD, size, size, 3, dtype=torch.uint8)  # filled again and again
+        self.waiting = 0  # frames in them
+        self.parts: list[Tensor] = []  # features [n, N, C] of those before
+
+    def fill(self, frames: Iterable[np.ndarray]) -> None:
+        """Takes a video's frames, uint8 [h, w, 3], resized at once; earlier ones are forgotten."""
+        self.waiting, self.parts = 0, []
+        for frame in frames:
+            if self.waiting == HELD:
+                self.encode()
+            self.places[self.waiting] = torch.from_numpy(fit_frame(frame, self.model.config.media))
+            self.waiting += 1
+
+    @torch.inference_mode()
+    def encode(self) -> None:
+        began, pixels = time.perf_counter(), self.places[: self.waiting]
+        self.parts += [self.model.features(some, pool=True) for some in pixels.split(BATCH)]
+        self.waiting = 0
+        self.seconds += time.perf_counter() - began
+
+    def media(self, reading: Reading) -> Media:
+        """The video whose frames were taken; some may stand in it more than once."""
+        config, places = self.model.config, reading.places
+        tokens = count_tokens_video(len(places), config.media, config.vision)
+        if not self.parts:
+            pixels = self.places.numpy()[places]
+            return Media("video", torch.from_numpy(pixels), None, tokens, reading.clip(pixels))
+        if self.waiting:
+            self.encode()
+        x, self.parts = torch.cat(self.parts), []
+        if len(places) > len(x):  # else no second copy of a long video
+            x = x[torch.tensor(places)]
+        with torch.inference_mode():
+            features = merge_video(x, config.media, self.model.image_newline)
+        none = np.empty((0, config.media.size, config.media.size, 3), dtype=np.uint8)
+        clip = reading.clip(none)
+        return Media("video", torch.from_numpy(none), None, tokens, clip, features)
 
 
 def as_list(media: Any) -> Sequence[Any]:

@@ -1,24 +1,39 @@
 """A video as a clip: the frames a model looks at, and which and when they really are.
 
-path  -> video_index.read_index -> sample -> decode.decode, each frame through `fit` -> Clip
-array ---------------------------> sample ----------------- each frame through `fit` -> Clip
+path  -> read_index -> sample -> pyav_frames (or decord_frames) -> Reading, a frame at a time
+array ---------------> sample ----------------------------------> Reading, a frame at a time
+
+Headers lie, packets do not: after an edit list 146 of 467 promised frames may be left, a file cut
+short has fewer than it says, a variable frame rate has no rate. So a file is demuxed once for the
+table of its frames, and only then decoded, from the keyframe before each frame that is wanted.
 """
 
 import math
 import os
+import re
+import stat
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..errors import MediaError, UsageError
-from .decode import decode
-from .local_file import local_file
-from .video_index import Index, read_index
 
+READERS = ("pyav", "decord")
 MAX_FPS = 1000.0
 SLACK = 1e-6  # seconds: timestamps are ticks times a fraction, and users type 3.3
+# What a file may be taken for. Playlists (hls, concat, dash) are left out: they open other files.
+DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,h264,"
+    "hevc,obu,m4v,mjpeg,mxf,nut,rm,wtv,dv,yuv4mpegpipe,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
+)
+SEEKABLE = ("mov", "matroska", "avi")  # program and transport streams have no index
+MAX_PIXELS = 2**27  # of one frame, 16K video: a forged header must not fill the memory
+
+Frames = Generator[tuple[np.ndarray, bool], None, None]  # uint8 [h, w, 3], is it intact
 
 
 @dataclass(frozen=True)
@@ -31,8 +46,154 @@ class Clip:
     fps: float  # average frame rate of the source
     duration: float  # of the source, seconds
     total: int  # frames in the source
-    decoder: str  # decord | pyav | array
+    decoder: str  # pyav | decord | array
     warning: str = ""  # one sentence when something was repaired
+
+
+@dataclass(frozen=True)
+class Index:
+    """Frames of one file in presentation order; `ticks` and `keys` in container units."""
+
+    path: str
+    ticks: np.ndarray  # int64 [frames]
+    times: tuple[float, ...]  # seconds from the first frame [frames]
+    duration: float  # seconds
+    keys: np.ndarray  # int64, the ticks at which decoding may start; empty: only at the beginning
+    counted: bool  # frames are known by their rank, because the container's timestamps mislead
+    promised: int  # frames by the header, more than the table has when the file was cut short
+
+
+class Reading:
+    """Frames of a local video file, or of an array uint8 [F, h, w, 3], chosen by `sample`.
+
+        reading = Reading("film.mp4", frames=64)
+        for frames in reading:
+            taken = [work(frame) for frame in frames]  # uint8 [h, w, 3], each different one once
+
+    Frames come one by one as they are decoded, so that memory grows neither with the file's
+    resolution nor its length. Where they show damage they come once more, from the first on, and
+    what was made of the earlier ones is to be forgotten: threads over frames are fast but lose
+    healthy frames next to a damaged one, and the second attempt does without them. Then `clip`
+    tells which frames they were. `progress(1)` is called for each; an array counts as one frame a
+    second; `reader` is one of READERS.
+
+    Raises MediaError for a source without usable frames, UsageError for impossible options; what
+    decodes of a damaged file is used, and `Clip.warning` says how much that was.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike | np.ndarray,
+        frames: int | None = 32,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        progress: Callable[[int], object] | None = None,
+        reader: str = "pyav",
+    ):
+        _check(frames, fps, start, end)
+        if reader not in READERS:
+            raise UsageError(f"unknown reader {reader!r}: give {' or '.join(READERS)}")
+        if isinstance(source, np.ndarray):
+            index, self.decoder = _array_index(source), "array"
+        else:
+            index, self.decoder = read_index(local_file(source)), reader
+        if start is not None and start >= index.duration:
+            raise UsageError(
+                f"start {start:g} lies behind the end of {index.path}: give a moment before "
+                f"{index.duration:.2f} s"
+            )
+        self.index, self.progress = index, progress
+        self.rows = sample(index.times, frames, fps, start, end)
+        targets, places = np.unique(self.rows, return_inverse=True)
+        self.targets: list[int] = targets.tolist()
+        self.places: list[int] = places.tolist()  # [F] of `rows` among the frames that come
+        self.decoded = self.intact = self.reported = 0  # frames: in this attempt; in any
+        if isinstance(source, np.ndarray):
+            self.attempts: list[Frames] = [((source[i], True) for i in self.targets)]
+        elif reader == "decord":
+            self.attempts = [decord_frames(index, self.targets)]
+        else:
+            self.attempts = [pyav_frames(index, self.targets, t) for t in ("AUTO", "SLICE")]
+
+    def __iter__(self) -> Iterator[Iterator[np.ndarray]]:
+        for attempt in self.attempts:
+            with closing(attempt):
+                yield self._frames(attempt)
+            if self.intact == len(self.targets):
+                return
+        if not self.decoded:
+            raise MediaError(f"{self.index.path} has no frame that decodes: download it again")
+
+    def _frames(self, attempt: Frames) -> Iterator[np.ndarray]:
+        self.decoded = self.intact = 0
+        for picture, whole in attempt:
+            yield picture
+            self.decoded += 1
+            self.intact += whole
+            if self.progress and self.decoded > self.reported:
+                self.reported = self.decoded
+                self.progress(1)
+
+    def clip(self, frames: np.ndarray) -> Clip:
+        """What was read, with `frames` [F, ...] made of it."""
+        index, rows = self.index, self.rows
+        return Clip(
+            frames=frames,
+            indices=tuple(rows),
+            times=tuple(index.times[i] for i in rows),
+            fps=len(index.times) / index.duration,
+            duration=index.duration,
+            total=len(index.times),
+            decoder=self.decoder,
+            warning=_warning(index, len(rows), len(self.targets), self.intact),
+        )
+
+
+def read_video(
+    source: str | os.PathLike | np.ndarray,
+    frames: int | None = 32,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    fit: Callable[[np.ndarray], np.ndarray] = lambda picture: picture,
+    progress: Callable[[int], object] | None = None,
+    reader: str = "pyav",
+) -> Clip:
+    """All frames of a `Reading` as one array; `fit` brings each, uint8 [h, w, 3], to a size first.
+
+    Raises MediaError and UsageError as `Reading` does.
+    """
+    reading = Reading(source, frames, fps, start, end, progress, reader)
+    pictures: list[np.ndarray] = []
+    for some in reading:
+        pictures.clear()
+        pictures.extend(map(fit, some))
+    return reading.clip(_stacked(pictures, reading.places))
+
+
+def _stacked(pictures: list[np.ndarray], rows: list[int]) -> np.ndarray:
+    """[F, ...] of the ascending `rows`; takes the list apart, so that no picture is held
+    twice."""
+    frames = np.empty((len(rows), *pictures[0].shape), dtype=pictures[0].dtype)
+    for place in reversed(range(len(rows))):
+        frames[place] = pictures[rows[place]]
+        del pictures[rows[place] + 1 :]
+    return frames
+
+
+def _warning(index: Index, wanted: int, distinct: int, intact: int) -> str:
+    """What was repaired, in one sentence; empty if nothing."""
+    total, lost = len(index.times), distinct - intact
+    if index.promised > total:
+        found = f"decoded {total - lost} of {index.promised} frames of {index.path}"
+        return f"{found}: it is damaged or cut short"
+    if lost:
+        found = f"decoded {intact} of {distinct} frames of {index.path} intact"
+        return f"{found}: it is damaged, the others are neighbours or show the damage"
+    if wanted > distinct:
+        return f"frames of {index.path} were repeated to make {wanted}: only {distinct} are there"
+    return ""
 
 
 def sample(
@@ -78,53 +239,7 @@ def _check(frames: int | None, fps: float | None, start: float | None, end: floa
         raise UsageError(f"start {start:g} lies after end {end:g}: give the earlier moment first")
 
 
-def _identity(picture: np.ndarray) -> np.ndarray:
-    return picture
-
-
-def read_video(
-    source: str | os.PathLike | np.ndarray,
-    frames: int | None = 32,
-    fps: float | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    fit: Callable[[np.ndarray], np.ndarray] = _identity,
-    progress: Callable[[int], object] | None = None,
-) -> Clip:
-    """Frames of a local video file, or of an array uint8 [F, h, w, 3], chosen by `sample`.
-
-    `fit` brings one picture, uint8 [h, w, 3], to the model's size as soon as it is decoded, so that
-    memory grows neither with the file's resolution nor its length. `progress(1)` is called for each
-    picture decoded. An array counts as one frame a second.
-
-    Raises MediaError for a source without usable frames, UsageError for impossible options; what
-    decodes of a damaged file is used, and `Clip.warning` says how much that was.
-    """
-    _check(frames, fps, start, end)
-    index = (
-        _array_index(source) if isinstance(source, np.ndarray) else read_index(local_file(source))
-    )
-    if start is not None and start >= index.duration:
-        raise UsageError(
-            f"start {start:g} lies behind the end of {index.path}: give a moment before "
-            f"{index.duration:.2f} s"
-        )
-    rows = sample(index.times, frames, fps, start, end)
-    targets, back = np.unique(rows, return_inverse=True)
-    if isinstance(source, np.ndarray):
-        pictures, decoder, intact = _taken(source, targets, fit, progress), "array", len(targets)
-    else:
-        pictures, decoder, intact = decode(index, targets.tolist(), fit, progress)
-    return Clip(
-        frames=_stacked(pictures, back.tolist()),
-        indices=tuple(rows),
-        times=tuple(index.times[i] for i in rows),
-        fps=len(index.times) / index.duration,
-        duration=index.duration,
-        total=len(index.times),
-        decoder=decoder,
-        warning=_warning(index, len(rows), len(targets), intact),
-    )
+# --- the table of frames -----------------------------------------------------------------------
 
 
 def _array_index(array: np.ndarray) -> Index:
@@ -141,44 +256,252 @@ def _array_index(array: np.ndarray) -> Index:
         duration=float(len(array)),
         keys=ranks,
         counted=True,
-        plain=False,
         promised=len(array),
     )
 
 
-def _taken(
-    array: np.ndarray,
-    targets: np.ndarray,
-    fit: Callable[[np.ndarray], np.ndarray],
-    progress: Callable[[int], object] | None,
-) -> list[np.ndarray]:
-    pictures = []
-    for target in targets:
-        pictures.append(fit(array[target]))
-        if progress:
-            progress(1)
-    return pictures
+def local_file(source: str | os.PathLike) -> str:
+    """`source` as the path of a readable regular file; MediaError says what else it is."""
+    try:
+        path = os.fspath(source)
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
+            raise MediaError(f"{path} is not a local file: download it and give its path") from None
+        raise MediaError(f"{path} does not exist: check the path") from None
+    except (OSError, TypeError, ValueError) as e:
+        raise MediaError(
+            f"the video {source!r:.200} is no path of a file that can be read: {e}"
+        ) from None
+    if stat.S_ISDIR(mode):
+        raise MediaError(f"{path} is a directory: give the path of one video file")
+    if not stat.S_ISREG(mode):
+        raise MediaError(f"{path} is a pipe or a device: save the video to a regular file first")
+    if not os.access(path, os.R_OK):
+        raise MediaError(f"{path} may not be read: change its permissions")
+    if not os.path.getsize(path):
+        raise MediaError(f"{path} is empty: copy or download it again")
+    return path
 
 
-def _stacked(pictures: list[np.ndarray], rows: list[int]) -> np.ndarray:
-    """[F, ...] of the ascending `rows`; takes the list apart, so that no picture is held
-    twice."""
-    frames = np.empty((len(rows), *pictures[0].shape), dtype=pictures[0].dtype)
-    for place in reversed(range(len(rows))):
-        frames[place] = pictures[rows[place]]
-        del pictures[rows[place] + 1 :]
-    return frames
+@contextmanager
+def opened(path: str) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and first real video stream; no other file or address is ever opened."""
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError:
+        raise MediaError(f"{path} cannot be read without the package av: pip install av") from None
+    try:
+        options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
+        container = av.open(f"file:{path}", options=options)
+    except (FFmpegError, OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise MediaError(
+            f"{path} is not a readable video ({reason}): it is damaged, cut short or no video"
+        ) from None
+    with container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
+        if not streams or streams[0].codec_context is None:
+            raise MediaError(f"{path} has no video that can be decoded: give a file with pictures")
+        context = streams[0].codec_context
+        if context.width * context.height > MAX_PIXELS:
+            raise MediaError(
+                f"{path} declares frames of {context.width} x {context.height} pixels, more than "
+                f"{MAX_PIXELS} in all: scale it down first"
+            )
+        yield container, streams[0]
 
 
-def _warning(index: Index, wanted: int, distinct: int, intact: int) -> str:
-    """What was repaired, in one sentence; empty if nothing."""
-    total, lost = len(index.times), distinct - intact
-    if index.promised > total:
-        found = f"decoded {total - lost} of {index.promised} frames of {index.path}"
-        return f"{found}: it is damaged or cut short"
-    if lost:
-        found = f"decoded {intact} of {distinct} frames of {index.path} intact"
-        return f"{found}: it is damaged, the others are neighbours or show the damage"
-    if wanted > distinct:
-        return f"frames of {index.path} were repeated to make {wanted}: only {distinct} are there"
-    return ""
+def _packets(container: Any) -> Iterator[Any]:
+    """Packets with content, of all streams, up to the first place that cannot be read."""
+    from av.error import FFmpegError
+
+    try:
+        yield from (packet for packet in container.demux() if packet.size)
+    except FFmpegError:
+        return
+
+
+def read_index(path: str) -> Index:
+    """The table of frames of the video at `path`; MediaError where there are none."""
+    with opened(path) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rows, reach, torn = [], 0.0, False
+        h264 = stream.codec_context.codec.canonical_name == "h264"
+        for packet in _packets(container):
+            torn |= packet.is_corrupt
+            if packet.pts is not None:
+                reach = max(reach, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream is stream:
+                key = packet.is_keyframe and (not h264 or _is_idr(bytes(packet)))
+                rows.append((packet.pts, key, packet.is_discard, packet.duration))
+        shown = [row for row in rows if not row[2]]
+        if not shown:
+            raise MediaError(f"{path} has no frames: record or download it again")
+        kind = container.format.name.split(",")[0]
+        timed = all(row[0] is not None for row in shown)
+        # AVI stamps packets in decoding order: with B-frames the stamps name the wrong pictures.
+        counted = not timed or bool(kind == "avi" and stream.codec_context.has_b_frames)
+        ticks = np.unique([row[0] for row in shown]) if timed else np.arange(len(shown))
+        unit = float(stream.time_base) if timed else 1 / rate
+        keys = [row[0] for row in shown if row[1] and not counted and kind in SEEKABLE]
+        times = tuple(((ticks - ticks[0]) * unit).tolist())
+        length, start = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
+        short = torn or (timed and reach - start < 0.95 * length - 1 / rate)
+        return Index(
+            path=path,
+            ticks=ticks,
+            times=times,
+            duration=times[-1] + (shown[-1][3] * unit if timed and shown[-1][3] else 1 / rate),
+            keys=np.unique(np.array(keys, dtype=np.int64)),
+            counted=counted,
+            promised=max(stream.frames, round(length * rate)) if short else len(ticks),
+        )
+
+
+def _is_idr(data: bytes) -> bool:
+    """Whether an H.264 packet (units behind 4-byte lengths) lets decoding start afresh.
+
+    After other keyframes (intra refresh) pictures are incomplete.
+    """
+    place = 0
+    while place + 4 < len(data):
+        if data[place + 4] & 31 == 5:
+            return True
+        place += 4 + int.from_bytes(data[place : place + 4], "big")
+    return False
+
+
+# --- pictures, by PyAV --------------------------------------------------------------------------
+
+
+def frames_of(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames from where the container stands, and None for each packet that does not decode."""
+    from av.error import FFmpegError
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+            frames = [] if packet is None else packet.decode()
+        except FFmpegError:
+            yield None
+            continue
+        if packet is None:
+            return
+        yield from frames
+
+
+def seek(container: Any, stream: Any, tick: int) -> None:
+    """To the keyframe at or before `tick`; a container that cannot goes on where it stands."""
+    from av.error import FFmpegError
+
+    with suppress(FFmpegError):
+        container.seek(tick, stream=stream, backward=True)
+
+
+def _matrix(frame: Any) -> tuple[int, int, int, int]:
+    """a, b, c, d of the display matrix: shown at x' = a x + c y, y' = b x + d y."""
+    data = frame.side_data.get("DISPLAYMATRIX")  # rows (a b u), (c d v), (x y w)
+    if data is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(data, dtype=np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _upright(frame: Any, size: tuple[int, int], matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """RGB picture, uint8 [h, w, 3], of `size` (w, h) before the matrix turns it upright."""
+    picture = frame.reformat(width=size[0], height=size[1], format="rgb24").to_ndarray()
+    a, b, c, d = matrix
+    if abs(b) > abs(a):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _from_key(container: Any, stream: Any, keys: np.ndarray, want: int) -> Iterator[Any]:
+    """Frames from a keyframe at or before `want`; seeking by decoding time may overshoot it."""
+    for key in [*keys[:-4:-1], keys[0]]:
+        seek(container, stream, int(key))
+        frames = frames_of(container, stream)
+        first = next(frames, None)
+        if first is not None and first.pts is not None and first.pts <= want:
+            break
+    yield first
+    yield from frames
+
+
+def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
+    """The targets, ascending; in a lost one's place the frame after it, or else the last."""
+    with opened(index.path) as (container, stream):
+        stream.thread_type = threads
+        size = stream.codec_context.width, stream.codec_context.height
+        source = enumerate(frames_of(container, stream))
+        frame, at, hurt, matrix = None, int(index.ticks[0]) - 1, False, None
+        for want in targets if index.counted else index.ticks[targets].tolist():
+            keys = index.keys[index.keys <= want]
+            if len(keys) and at < keys[-1] and keys[-1] > index.ticks[0]:
+                source = enumerate(_from_key(container, stream, keys, want))
+            while frame is None or at < want:
+                rank, following = next(source, (None, None))
+                if rank is None:
+                    break
+                if following is None:
+                    hurt = True  # and so are the frames that build on this one, up to a keyframe
+                    continue
+                frame, stamp = following, rank if index.counted else following.pts
+                at = at if stamp is None else stamp
+                hurt = frame.is_corrupt or (hurt and not frame.key_frame)
+            if frame is None:
+                return
+            matrix = matrix or _matrix(frame)  # once: to ask keeps a frame alive until collected
+            yield _upright(frame, size, matrix), at == want and not hurt
+
+
+# --- pictures, by decord, for who asks for it ---------------------------------------------------
+
+
+def decord_frames(index: Index, targets: list[int]) -> Frames:
+    """The targets, ascending: the pixels that PyAV gives. MediaError where decord would err.
+
+    It does not tell which are damaged, and decodes ahead of its caller: gigabytes of long videos.
+    """
+    try:
+        import decord
+    except (ImportError, OSError):
+        raise MediaError(f"{index.path} needs the package decord: pip install decord") from None
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = _is_plain(index) and decord.VideoReader(os.path.abspath(index.path))
+        if not reader or len(reader) != len(index.ticks):
+            raise RuntimeError
+        for target in targets:
+            yield reader[target].asnumpy(), True  # get_batch would let the heap grow
+    except (decord.DECORDError, RuntimeError, StopIteration):
+        raise MediaError(f"decord would hang or err on {index.path}: read it with pyav") from None
+
+
+def _is_plain(index: Index) -> bool:
+    """Whether decord 0.6.0 finds the same frames and pixels, as measured, and does not wait for
+    ever for frames that only a header knows of."""
+    with open(index.path, "rb") as file, opened(index.path) as (container, stream):
+        head, context = file.read(8), stream.codec_context
+        packets = [(p.pts, p.is_keyframe) for p in _packets(container) if p.stream is stream]
+        stamps, keys = np.array(packets, dtype=float).T
+        closed = np.minimum.accumulate(stamps[::-1])[::-1] == stamps  # nothing earlier comes later
+        seek(container, stream, int(index.ticks[0]))
+        first: Any = next(frames_of(container, stream), None)
+        a, b, c, d = _matrix(first) if first else (0, 0, 0, 0)
+        return bool(
+            (head[4:] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3")  # MP4, Matroska
+            and context.codec.canonical_name in ("h264", "hevc", "vp8", "vp9")
+            and context.pix_fmt in ("yuv420p", "yuvj420p")
+            and len(container.streams.video) == 1
+            and stream.frames in (0, len(packets))
+            and len(packets) == len(index.ticks) == index.promised  # none cut away or missing
+            and stamps[0] == 0
+            and keys.sum() == len(index.keys) == closed[keys > 0].sum()
+            and a * d > b * c  # mirrored pictures it does not mirror back
+            and not first.interlaced_frame
+        )
