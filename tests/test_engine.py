@@ -566,6 +566,16 @@ def test_out_of_memory_while_reading(engine: Engine, monkeypatch: pytest.MonkeyP
         engine.prepare("What?", video="film.mp4")
 
 
+def test_reader(engine: Engine) -> None:
+    pytest.importorskip("decord")
+    path = str(zipvl.demo_clip())
+    first, second = (engine.prepare("What?", video=path, reader=r) for r in ("pyav", "decord"))
+    assert torch.equal(first.media[0].crops, second.media[0].crops)
+    assert [i.media[0].clip.decoder for i in (first, second)] == ["pyav", "decord"]
+    with pytest.raises(UsageError, match="unknown reader 'opencv'"):
+        engine.prepare("What?", video=path, reader="opencv")
+
+
 def test_other_runtime_errors_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only an allocator's refusal is dressed as one."""
 
