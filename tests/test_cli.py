@@ -367,6 +367,7 @@ def test_usage_errors_need_no_torch() -> None:
         (["--frames", "0"], "frames is 0"),
         (["--start", "3", "--end", "2"], "start 3 lies after end 2"),
         (["--start", "1000"], "behind the end"),
+        (["--reader", "opencv"], "unknown reader 'opencv'"),
         (["--dtype", "int4"], "unknown dtype 'int4'"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--attn", "fast"], "unknown attention backend 'fast'"),

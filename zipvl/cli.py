@@ -42,10 +42,11 @@ OPTIONS: dict[str, list[tuple[str, type, Any, str]]] = {
         ("--template NAME", str, None, "prompt template: a built-in name or a .jinja file"),
     ],
     "frames of a video": [
-        ("-n --frames FRAMES", int, 32, "how many, uniformly spread (default 32)"),
+        ("-n --frames N", int, 32, "how many, uniformly spread (default 32)"),
         ("--fps FPS", float, None, "frames a second instead; --frames is then the most"),
         ("--start S", float, None, "from this second"),
         ("--end S", float, None, "up to this second"),
+        ("--reader NAME", str, "pyav", "how videos are decoded: pyav (default) or decord"),
     ],
     "the answer": [
         ("--max-new-tokens N", int, 256, "at most so many (default 256)"),
@@ -193,14 +194,14 @@ class Session:
 
     def prepare(self, prompt: str | list[Message]) -> Inputs:
         """`prompt` with the session's media, each read once; says what will run."""
-        args, images = self.args, self.images
+        a, images = self.args, self.images
         if self.known:
             images = [m for m in self.known.media if m.kind == "image"]
         self.known = self.engine.prepare(
-            prompt, images, self.videos, args.frames, args.fps, args.start, args.end, args.system
+            prompt, images, self.videos, a.frames, a.fps, a.start, a.end, a.system, reader=a.reader
         )
         self.videos = [m for m in self.known.media if m.kind == "video"]
-        if not args.quiet:
+        if not a.quiet:
             say(headline(self.engine, self.policy, self.known))
             for warning in self.known.warnings:
                 say(f"warning: {warning}")
