@@ -18,7 +18,7 @@ rows, K kept tokens.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -178,42 +178,25 @@ class Storage(Protocol):
 class Policy:
     """Dense attention with a full cache; a method overrides what it changes."""
 
+    start: Callable[[PromptView], Plan] | None = None
+    trim: Callable[[int, Notes], dict[int, Tensor] | None] | None = None  # for any layer so far
+    #   the slots [K] or [G, K] that stay in its cache; the memory of the others is freed
+    step: Callable[[StepView], Plan] | None = None
+    scout: "Policy | None" = None
+    storage: Storage | None = None  # how caches store keys and values; None: in full precision
+
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({options})"
+        """The options in the order in which they are given, without those that are None."""
+        named = vars(self)
+        if is_dataclass(self):
+            shown = sorted((f for f in fields(self) if f.repr), key=lambda f: bool(f.kw_only))
+            named = {f.name: getattr(self, f.name) for f in shown}
+        listed = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
+        return f"{type(self).__name__}({listed})"
 
     def plan(self, view: View) -> Plan:
         """Called once per layer and prompt."""
         return Plan()
-
-    # What follows is None unless a method defines it: the verbs as methods of that name, which
-    # take what the Callable takes; read only once a prefill or step, so a property may decide.
-
-    @property
-    def start(self) -> Callable[[PromptView], Plan] | None:
-        """start(prompt), once a prompt: its plan's `stream` says which tokens enter."""
-        return None
-
-    @property
-    def trim(self) -> Callable[[int, Notes], dict[int, Tensor] | None] | None:
-        """trim(layer, notes), behind each layer of a prefill: for any layer so far the slots [K] or
-        [G, K] that stay in its cache; the memory of the others is freed."""
-        return None
-
-    @property
-    def step(self) -> Callable[[StepView], Plan] | None:
-        """step(view), per layer and decode step."""
-        return None
-
-    @property
-    def scout(self) -> "Policy | None":
-        """Answers the prompt first, by itself; this method then finds its notes."""
-        return None
-
-    @property
-    def storage(self) -> Storage | None:
-        """How caches store keys and values; None: in full precision."""
-        return None
 
 
 def check(valid: bool, message: str) -> None:

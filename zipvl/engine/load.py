@@ -37,12 +37,14 @@ def load(
     config = read_config(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
-    check_kind(weights, place)
+    if weights != "full":
+        check_kind(weights, place)
     backend, attend = kernels.pick(attn, place, kind, config.text.head_dim)
     chat = Chat.from_folder(folder, config, template)
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
         vlm = load_weights(config, folder, place, kind)
-        pack_weights(vlm, weights)
+        if weights != "full":
+            pack_weights(vlm, weights)
     if compile:
         compile_rows(vlm.text)
     if chat.vocab_size > config.text.vocab_size:

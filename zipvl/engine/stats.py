@@ -51,15 +51,6 @@ class LayerStats:
     cached: list[int]  # tokens whose keys and values stay
     kv_bytes: list[int]  # storage of the sequence's part of the cache, room for new tokens included
 
-    @classmethod
-    def of(cls, lengths: list[int], plans: list[Plan], seconds: dict[str, float]) -> "LayerStats":
-        """A layer that caches nothing so far."""
-        both = list(zip(lengths, plans, strict=True))
-        attended = [n if p.attend is None else len(p.attend) for n, p in both]
-        rows = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
-        pairs, none = [a * r for a, r in zip(attended, rows, strict=True)], [0] * len(lengths)
-        return cls(list(lengths), attended, pairs, seconds, none, none)
-
     @property
     def ratio(self) -> float:
         """Share of the tokens that took part in attention, over the batch."""
@@ -78,7 +69,12 @@ class Recorder(Observer):
         self.clock.lap(stage)
 
     def layer(self, lengths: list[int], plans: list[Plan]) -> None:
-        self.layers.append(LayerStats.of(lengths, plans, self.clock.pop()))
+        both = list(zip(lengths, plans, strict=True))
+        attended = [n if p.attend is None else len(p.attend) for n, p in both]
+        rows = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
+        pairs, none = [a * r for a, r in zip(attended, rows, strict=True)], [0] * len(lengths)
+        seconds = self.clock.pop()
+        self.layers.append(LayerStats(list(lengths), attended, pairs, seconds, none, none))
         self.progress(1)
 
     def counted(self, out: Prefilled) -> "Counted":

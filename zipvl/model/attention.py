@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from ..config import TextConfig
 from ..linear import Linear
 from ..policy import Plan, Policy, StepView, View
-from .batch import Batch, Rotate, Spans, join
-from .cache import Cache, Kept, Store, select
-from .kernels import Attend, attend_kept, sdpa
+from .batch import Batch, Rotate, Spans
+from .cache import Cache, Kept, Store
+from .kernels import Attend, attend_kept, attend_step
 
 Rows = Tensor | slice
 Lap = Callable[[str], None]  # told what the time since the last call went into
@@ -67,7 +67,7 @@ class Attention(nn.Module):
             into.copy_(self.rotate(self.heads(project(part[0])), *part[1:]))
         return out
 
-    def prefill(self, x: Tensor, batch: Batch, policy: Policy, attend: Attend, store: Store | None,
+    def prefill(self, x: Tensor, batch: Batch, policy: Policy, kernel: Attend, store: Store | None,
                 lap: Lap) -> tuple[Tensor, list[Plan], Cache | None]:  # fmt: skip
         """One layer over a packed batch: x [sum T, C] -> attention output [sum T, C], the plans of
         its sequences, and the cache that `store` builds (None: none is built)."""
@@ -83,18 +83,17 @@ class Attention(nn.Module):
         lean = store is None or all(plan.cache is plan.attend for plan in plans)
         v = self.heads(self.v_proj(x[rows] if lean else x))  # [sum K, G, D] or [sum T, G, D]
         lap("rest")
-        out = self.attend(x, k, v if lean else v[rows], batch, plans, rows, spans, attend)
+        out = self.attend(x, k, v if lean else v[rows], batch, plans, rows, spans, kernel)
         lap("attend")
         # 5 compact: what a sequence keeps is copied, so that the prompt's k and v can be let go
         cache = None
         if store is not None:
-            some = zip(batch.spans.slices(), (spans if lean else batch.spans).slices(), strict=True)
-            cache = store(
-                [
-                    Kept.of(plan, k[at], v[own], batch.positions[at], lean)
-                    for plan, (at, own) in zip(plans, some, strict=True)
-                ]
-            )
+            k_at, v_at = batch.spans.slices(), (spans if lean else batch.spans).slices()
+            kept = [
+                Kept.of(plan, k[at], v[mine], batch.positions[at], lean)
+                for plan, at, mine in zip(plans, k_at, v_at, strict=True)
+            ]
+            cache = store(kept)
         lap("rest")
         return out, plans, cache
 
@@ -123,39 +122,42 @@ class Attention(nn.Module):
         )
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, batch: Batch, plans: list[Plan], rows: Rows,
-               spans: Spans, attend: Attend) -> Tensor:  # fmt: skip
+               spans: Spans, kernel: Attend) -> Tensor:  # fmt: skip
         """Step 4: causal attention among the kept tokens of each sequence, [sum T, C].
 
         These tokens are `rows` of the batch, [sum K], at `spans`; v [sum K, G, D] is theirs.
         """
         if isinstance(rows, slice):  # everybody attends
             q = self.rotated(self.q_proj, x, batch)
-            return self.o_proj(attend(q, k, v, spans, spans).flatten(1))
-        starts, lengths = batch.spans.starts, batch.spans.lengths
+            return self.o_proj(kernel(q, k, v, spans, spans).flatten(1))
+        starts = batch.spans.starts
         kept = [rows[at] - start for at, start in zip(spans.slices(), starts, strict=True)]
+        parts = list(zip(batch.spans.slices(), spans.slices(), kept, plans, strict=True))
         if any(plan.fill == "own" for plan in plans):  # those that are left out ask as well
             q = self.rotated(self.q_proj, x, batch)
-            parts = zip(batch.spans.slices(), spans.slices(), kept, plans, strict=True)
-            outs = []
-            for at, mine, index, plan in parts:
-                o = attend_kept(q[at], k[at][index], v[mine], index).flatten(1)
-                own = plan.fill == "own"
-                outs.append(o if own else spread(o[index], index, len(o), plan.fill))
-            return self.o_proj(join(outs))
-        q = self.rotated(self.q_proj, x, batch, rows)  # [sum K, H, D]
-        o = self.o_proj(attend(q, k[rows], v, spans, spans).flatten(1))  # [sum K, C]
-        places = zip(spans.slices(), kept, lengths, plans, strict=True)
-        return join([spread(o[at], index, n, plan.fill) for at, index, n, plan in places])
+            outs = [attend_kept(q[at], k[at][i], v[mine], i) for at, mine, i, _ in parts]
+            everybody = self.o_proj(torch.cat(outs).flatten(1))  # [sum T, C]
+            o = everybody[rows]
+        else:
+            q = self.rotated(self.q_proj, x, batch, rows)  # [sum K, H, D]
+            o = self.o_proj(kernel(q, k[rows], v, spans, spans).flatten(1))  # [sum K, C]
+        out = x.new_zeros(len(x), o.shape[1]).index_copy_(0, rows, o)
+        for at, mine, index, plan in parts:
+            if plan.fill == "previous":
+                out[at] = nearest_earlier(o[mine], index, at.stop - at.start)
+            elif plan.fill == "own":
+                out[at] = everybody[at]
+        return out
 
     def decode(self, x: Tensor, batch: Batch, cache: Cache, policy: Policy,
-               attend: Attend) -> Tensor:  # fmt: skip
+               kernel: Attend) -> Tensor:  # fmt: skip
         """A new token per sequence: x [B, C] -> [B, C]; the cache grows."""
         q, k = (self.rotated(project, x, batch) for project in (self.q_proj, self.k_proj))
         cache.append(k, self.heads(self.v_proj(x)), batch.positions)
         k, v, spans = cache.read()  # [slots, G, D]
         plans = [Plan()] * len(x)
         if policy.step is None:
-            o = attend(q, k, v, batch.spans, spans)
+            o = kernel(q, k, v, batch.spans, spans)
         else:
             views = self.step_views(q, k, v, batch, cache)
             plans = [policy.step(view) for view in views]
@@ -163,7 +165,7 @@ class Attention(nn.Module):
                 both = zip(views, plans, strict=True)
                 o = torch.stack([attend_step(view, plan.attend) for view, plan in both])
             else:
-                o = attend(q, k, v, batch.spans, spans)
+                o = kernel(q, k, v, batch.spans, spans)
         cache.apply(plans)
         return self.o_proj(o.flatten(1))
 
@@ -206,21 +208,8 @@ def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     return mass.flatten(0, 1)
 
 
-def spread(o: Tensor, index: Tensor, length: int, fill: str) -> Tensor:
-    """Outputs o [K, C] of tokens `index` back at their places among `length` rows.
-
-    The output projection is linear, so `previous` can gather after it at no cost.
-    """
-    if fill == "previous":
-        slot = torch.searchsorted(index, torch.arange(length, device=o.device), right=True) - 1
-        return o[slot.clamp(min=0)].mul_((slot >= 0)[:, None])
-    return o.new_zeros(length, o.shape[1]).index_copy_(0, index, o)
-
-
-def attend_step(view: StepView, slots: Tensor | None) -> Tensor:
-    """The newest token's output [H, D] over `slots`, [K] or [G, K]; None: over all, by its mass."""
-    if slots is None:
-        probs = view.mass().unflatten(0, (len(view.k), -1))  # [G, H/G, n]
-        return (probs.to(view.v.dtype) @ view.v).flatten(0, 1)
-    k, v = (select(t.transpose(0, 1), slots) for t in (view.k, view.v))  # [K, G, D]
-    return sdpa(view.q[None, None], k[None], v[None])[0, 0]
+def nearest_earlier(o: Tensor, index: Tensor, length: int) -> Tensor:
+    """Of outputs o [K, C] of tokens `index` [K], for each of `length` rows that of the nearest one
+    not behind it; zeros before the first. The output projection is linear: this may follow it."""
+    slot = torch.searchsorted(index, torch.arange(length, device=o.device), right=True) - 1
+    return o[slot.clamp(min=0)].mul_((slot >= 0)[:, None])

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
+from ..policy import StepView
 from .batch import Spans
+from .cache import select
 
 Attend = Callable[[Tensor, Tensor, Tensor, Spans, Spans], Tensor]
 
@@ -84,6 +86,15 @@ def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512)
         )  # fmt: skip
         out[rows] = o[0].transpose(0, 1) * some[:, None, None]
     return out
+
+
+def attend_step(view: StepView, slots: Tensor | None) -> Tensor:
+    """A decode step's output [H, D] over `slots`, [K] or [G, K]; None: over all, by their mass."""
+    if slots is None:
+        probs = view.mass().unflatten(0, (len(view.k), -1))  # [G, H/G, n]
+        return (probs.to(view.v.dtype) @ view.v).flatten(0, 1)
+    k, v = (select(t.transpose(0, 1), slots) for t in (view.k, view.v))  # [K, G, D]
+    return sdpa(view.q[None, None], k[None], v[None])[0, 0]
 
 
 BACKENDS: dict[str, Attend] = {

@@ -10,7 +10,7 @@ Deviation: a group of equal numbers comes back as it was (their code divides by 
 
 from dataclasses import dataclass
 
-from ..model.cache_quant import KVFormat, as_bits, kivi
+from ..model.cache_quant import as_bits, kivi
 from ..policy import Policy, check
 
 
@@ -30,7 +30,4 @@ class KIVI(Policy):
         )
         one = len(as_bits(self.kv_bits)) == 1
         check(one, f"kv_bits is {self.kv_bits}: give one bit width, 2, 4 or 8")
-
-    @property
-    def storage(self) -> KVFormat:
-        return kivi(self.kv_bits, self.group, self.residual)
+        self.storage = kivi(self.kv_bits, self.group, self.residual)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.cache_quant import KVBits, KVFormat, as_bits, zipcache
+from ..model.cache_quant import KVBits, as_bits, zipcache
 from ..policy import Plan, Policy, StepView, View, check
 
 
@@ -35,10 +35,7 @@ class ZipCache(Policy):
         check(interval >= 1, f"interval is {interval}: give 1 new token or more")
         self.kv_bits = as_bits(self.kv_bits)
         check(len(self.kv_bits) > 0, "kv_bits is missing: give one or two bit widths, such as 4/2")
-
-    @property
-    def storage(self) -> KVFormat:
-        return zipcache(as_bits(self.kv_bits), self.interval)
+        self.storage = zipcache(self.kv_bits, interval)
 
     def probe(self, view: View) -> Tensor:
         """Rows [P], sorted."""

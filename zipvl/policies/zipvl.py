@@ -26,13 +26,12 @@ Where the paper is silent or is not followed:
              its table names, is taken; each set of tokens has its own steps
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, inf
 
-from ..model.cache_quant import KVBits, KVFormat, as_bits, zipcache
+from ..model.cache_quant import KVBits, as_bits, zipcache
 from ..policy import FILLS, Plan, Policy, StepView, View, check, choice
 
 ALWAYS, DIVISORS = ("text", "last", "none"), ("probes", "all", "none")
@@ -61,29 +60,16 @@ class Selection(Policy):
         choice("always", self.always, ALWAYS)
         choice("divisor", self.divisor, DIVISORS)
         choice("fill", self.fill, FILLS)
-        self.kv_bits = as_bits(self.kv_bits) or None
-        wait = self.interval
-        check(not self.kv_bits or (wait or 0) >= 1, f"interval is {wait}: give 1 new token or more")
-        self.interval = wait if self.kv_bits else None
-
-    def __repr__(self) -> str:
-        """The options in the order in which they are given, without those that are None."""
-        ordered = sorted((f for f in fields(self) if f.repr), key=lambda f: bool(f.kw_only))
-        named = [(f.name, getattr(self, f.name)) for f in ordered]
-        listed = ", ".join(f"{name}={value}" for name, value in named if value is not None)
-        return f"{type(self).__name__}({listed})"
-
-    @property
-    def storage(self) -> KVFormat | None:
-        bits = as_bits(self.kv_bits)
-        return zipcache(bits, self.interval or 1) if bits else None
-
-    @property
-    def step(self) -> Callable[[StepView], Plan] | None:
-        return self.sort_new if self.drops_nothing() else None
+        if self.kv_bits is None:
+            self.interval = None
+            return
+        self.kv_bits, wait = as_bits(self.kv_bits), self.interval or 0
+        check(wait >= 1, f"interval is {wait}: give 1 new token or more")
+        self.storage = zipcache(self.kv_bits, wait)
+        self.step = self.sort_new if self.drops_nothing() else None
 
     def drops_nothing(self) -> bool:
-        return len(as_bits(self.kv_bits)) == 2
+        return self.kv_bits is not None and len(as_bits(self.kv_bits)) == 2
 
     def keeps_all(self) -> bool:
         return True
@@ -173,9 +159,10 @@ class ZipVLQuant(ZipVL):
     kv_bits: KVBits = (4, 2)
 
     def __post_init__(self) -> None:
+        bits = as_bits(self.kv_bits)
+        check(len(bits) > 0, "kv_bits is missing: give one or two bit widths, such as 4/2")
+        self.kv_bits = (bits * 2)[:2]
         super().__post_init__()
-        check(bool(self.kv_bits), "kv_bits is missing: give one or two bit widths, such as 4/2")
-        self.kv_bits = (as_bits(self.kv_bits) * 2)[:2]
 
 
 @dataclass(repr=False)

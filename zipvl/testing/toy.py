@@ -10,7 +10,7 @@ from ..model.batch import Batch
 from ..model.cache import Cache
 from ..model.decoder import Decoder
 from ..model.kernels import attend_sdpa
-from ..policy import Notes, Plan, Policy, PromptView, StepView, Storage, View
+from ..policy import Notes, Plan, Policy, PromptView, StepView, View
 
 Prompt = tuple[Tensor, Tensor]  # input ids [T], is_visual [T]
 ROOM = 4  # tokens generated in a run
@@ -94,15 +94,11 @@ class Watch(Policy):
     """Does what another policy does, looks at its answers, and keeps them."""
 
     def __init__(self, policy: Policy):
-        self.policy = policy
+        self.policy, self.storage = policy, policy.storage
         self.plans: list[Plan] = []
         self.trims: list[dict[int, Tensor]] = []
         self.steps: list[Plan] = []
         self.started: Plan | None = None
-
-    @property
-    def storage(self) -> Storage | None:
-        return self.policy.storage
 
     def start(self, view: PromptView) -> Plan:
         plan = self.policy.start(view) if self.policy.start else Plan()
