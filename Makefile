@@ -7,7 +7,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(RUN) generate.py -p "List all objects in order." --max-new-tokens 32 --stats
 test: $(VENV)/ready
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4
 lint: $(VENV)/ready
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 type: $(VENV)/ready
