@@ -29,10 +29,10 @@ class Clock:
         """What comes now counts, what came before does not."""
         self.since = self.now()
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap or start went into `name`."""
+    def lap(self, stage: str) -> None:
+        """The time since the last lap or start went into `stage`."""
         now = self.now()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.since
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.since
         self.since = now
 
     def pop(self) -> dict[str, float]:
@@ -57,24 +57,21 @@ class LayerStats:
         return sum(self.attended) / max(1, sum(self.tokens))
 
 
-class Recorder(Observer):
+class Recorder(Clock, Observer):
     """The LayerStats of a prefill, as it goes on."""
 
     def __init__(self, device: torch.device, progress: Callable[[int], object] = lambda n: None):
         """`progress(1)` is called behind each layer."""
-        self.clock, self.progress = Clock(device), progress
+        super().__init__(device)
+        self.progress = progress
         self.layers: list[LayerStats] = []
-
-    def lap(self, stage: str) -> None:
-        self.clock.lap(stage)
 
     def layer(self, lengths: list[int], plans: list[Plan]) -> None:
         both = list(zip(lengths, plans, strict=True))
         attended = [n if p.attend is None else len(p.attend) for n, p in both]
         rows = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
         pairs, none = [a * r for a, r in zip(attended, rows, strict=True)], [0] * len(lengths)
-        seconds = self.clock.pop()
-        self.layers.append(LayerStats(list(lengths), attended, pairs, seconds, none, none))
+        self.layers.append(LayerStats(list(lengths), attended, pairs, self.pop(), none, none))
         self.progress(1)
 
     def counted(self, out: Prefilled) -> "Counted":
@@ -100,9 +97,7 @@ class Stats:
     visual_tokens: int
     new_tokens: int
     batch: int
-    seconds: dict[
-        str, float
-    ]  # video, vision, prefill, decode; prefill_probe, ... are parts of prefill
+    seconds: dict[str, float]  # video, vision, prefill, decode; parts: prefill_probe, ...
     layers: list[dict[str, Any]]  # tokens, attended, cached, ratio, kv_bytes
     kv_bytes_dense: int  # what the same cache holds under dense attention
     peak_memory: int  # bytes: allocated on CUDA, resident set of the process elsewhere

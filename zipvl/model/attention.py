@@ -152,8 +152,9 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, batch: Batch, cache: Cache, policy: Policy,
                kernel: Attend) -> Tensor:  # fmt: skip
         """A new token per sequence: x [B, C] -> [B, C]; the cache grows."""
-        q, k = (self.rotated(project, x, batch) for project in (self.q_proj, self.k_proj))
-        cache.append(k, self.heads(self.v_proj(x)), batch.positions)
+        q = self.rotated(self.q_proj, x, batch)  # [B, H, D]
+        k, v = self.rotated(self.k_proj, x, batch), self.heads(self.v_proj(x))  # [B, G, D]
+        cache.append(k, v, batch.positions)
         k, v, spans = cache.read()  # [slots, G, D]
         plans = [Plan()] * len(x)
         if policy.step is None:

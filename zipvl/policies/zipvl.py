@@ -41,6 +41,7 @@ ALWAYS, DIVISORS = ("text", "last", "none"), ("probes", "all", "none")
 class Selection(Policy):
     """Probe rows rank the tokens of each layer; a subclass says how many stay."""
 
+    drops = True  # what is not kept leaves the cache; with two bit widths it stays, in fewer bits
     recent: int = 64  # probe rows: the most recent ones, and
     random: int = 64  # others drawn afresh in every layer, without replacement, by `seed`
     seed: int = 0
@@ -65,11 +66,8 @@ class Selection(Policy):
             return
         self.kv_bits, wait = as_bits(self.kv_bits), self.interval or 0
         check(wait >= 1, f"interval is {wait}: give 1 new token or more")
-        self.storage = zipcache(self.kv_bits, wait)
-        self.step = self.sort_new if self.drops_nothing() else None
-
-    def drops_nothing(self) -> bool:
-        return self.kv_bits is not None and len(as_bits(self.kv_bits)) == 2
+        self.storage, self.drops = zipcache(self.kv_bits, wait), len(self.kv_bits) == 1
+        self.step = None if self.drops else self.sort_new
 
     def keeps_all(self) -> bool:
         return True
@@ -113,9 +111,9 @@ class Selection(Policy):
         kept = self.forced(view)
         kept[score.sort(descending=True, stable=True).indices[:p]] = True
         index = kept.nonzero()[:, 0]
-        if self.drops_nothing():
-            return Plan(attend=index, precise=index, fill=self.fill)
-        return Plan(attend=index, cache=index, fill=self.fill)
+        if self.drops:
+            return Plan(attend=index, cache=index, fill=self.fill)
+        return Plan(attend=index, precise=index, fill=self.fill)
 
     def sort_new(self, view: StepView) -> Plan:
         """Eq. 6 and 8 for new tokens; the newest query sees them all, so Eq. 7 changes nothing."""
