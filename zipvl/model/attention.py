@@ -144,7 +144,7 @@ class Attention(nn.Module):
         out = x.new_zeros(len(x), o.shape[1]).index_copy_(0, rows, o)
         for at, mine, index, plan in parts:
             if plan.fill == "previous":
-                out[at] = nearest_earlier(o[mine], index, at.stop - at.start)
+                nearest_earlier(o[mine], index, out[at])
             elif plan.fill == "own":
                 out[at] = everybody[at]
         return out
@@ -209,8 +209,9 @@ def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     return mass.flatten(0, 1)
 
 
-def nearest_earlier(o: Tensor, index: Tensor, length: int) -> Tensor:
-    """Of outputs o [K, C] of tokens `index` [K], for each of `length` rows that of the nearest one
-    not behind it; zeros before the first. The output projection is linear: this may follow it."""
-    slot = torch.searchsorted(index, torch.arange(length, device=o.device), right=True) - 1
-    return o[slot.clamp(min=0)].mul_((slot >= 0)[:, None])
+def nearest_earlier(o: Tensor, index: Tensor, out: Tensor) -> None:
+    """Each row of `out` [n, C] becomes that row of o [K, C], of tokens `index` [K], which is nearest
+    and not behind it; zeros before the first. The output projection is linear: this may follow."""
+    slot = torch.searchsorted(index, torch.arange(len(out), device=o.device), right=True) - 1
+    torch.index_select(o, 0, slot.clamp(min=0), out=out)
+    out.mul_((slot >= 0)[:, None])
