@@ -201,10 +201,10 @@ def walked(work: Callable[[], object]) -> tuple[set[str], set[str]]:
 
     def note(frame: FrameType, event: str, _: object) -> None:
         where = frame.f_code
-        if event == "call" and where.co_filename.startswith(str(ROOT / "zipvl")):
-            if where.co_name != "<module>":
-                files.add(where.co_filename)
-                functions.add(where.co_filename + where.co_qualname)
+        inside = where.co_filename.startswith(str(ROOT / "zipvl")) and where.co_name != "<module>"
+        if event == "call" and inside:
+            files.add(where.co_filename)
+            functions.add(where.co_filename + where.co_qualname)
 
     before = sys.getprofile()
     sys.setprofile(note)

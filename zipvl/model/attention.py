@@ -210,7 +210,7 @@ def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
 
 
 def nearest_earlier(o: Tensor, index: Tensor, out: Tensor) -> None:
-    """Each row of `out` [n, C] becomes that row of o [K, C], of tokens `index` [K], which is nearest
+    """Each row of `out` [n, C] becomes the row of o [K, C], of tokens `index` [K], that is nearest
     and not behind it; zeros before the first. The output projection is linear: this may follow."""
     slot = torch.searchsorted(index, torch.arange(len(out), device=o.device), right=True) - 1
     torch.index_select(o, 0, slot.clamp(min=0), out=out)
