@@ -13,11 +13,13 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zipvl
 
+from .errors import ZipvlError
 from .report import as_json, headline, summary
 
 if TYPE_CHECKING:
@@ -30,61 +32,55 @@ HELP = (
     "/stats shows the last answer's statistics; /quit leaves"
 )
 
-# Every option: its names and what its value is called; the value's type (list: may be repeated,
-# bool: a switch without a value); default; help.
-OPTIONS: dict[str, list[tuple[str, type, Any, str]]] = {
+# Every option: its names and what its value is called; its default, or the type of a value without
+# one (False: a switch without a value, []: may be repeated); help.
+OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     "what to ask": [
-        ("-m --model MODEL", str, None, "checkpoint folder or hub id (default: bundled demo)"),
-        ("-v --video FILE", list, None, "a video; may be repeated"),
-        ("-i --image FILE", list, None, "a picture; may be repeated"),
-        ("-p --prompt TEXT", str, None, "the question; '-' reads stdin; none on a terminal: chat"),
-        ("--system TEXT", str, None, "system prompt"),
-        ("--template NAME", str, None, "prompt template: a built-in name or a .jinja file"),
+        ("-m --model MODEL", str, "checkpoint folder or hub id (default: bundled demo)"),
+        ("-v --video FILE", [], "a video; may be repeated"),
+        ("-i --image FILE", [], "a picture; may be repeated"),
+        ("-p --prompt TEXT", str, "the question; - reads stdin; none on a terminal: chat"),
+        ("--system TEXT", str, "system prompt"),
+        ("--template NAME", str, "prompt template: a built-in name or a .jinja file"),
     ],
     "frames of a video": [
-        ("-n --frames N", int, 32, "how many, uniformly spread (default 32)"),
-        ("--fps FPS", float, None, "frames a second instead; --frames is then the most"),
-        ("--start S", float, None, "from this second"),
-        ("--end S", float, None, "up to this second"),
-        ("--reader NAME", str, "pyav", "how videos are decoded: pyav (default) or decord"),
+        ("-n --frames FRAMES", 32, "how many, uniformly spread (default 32)"),
+        ("--fps FPS", float, "frames a second instead; --frames is then the most"),
+        ("--start S", float, "from this second"),
+        ("--end S", float, "up to this second"),
+        ("--reader NAME", "pyav", "how videos are decoded: pyav (default) or decord"),
     ],
     "the answer": [
-        ("--max-new-tokens N", int, 256, "at most so many (default 256)"),
-        ("--temperature T", float, 0.0, "0: the likeliest token (default)"),
-        ("--top-p P", float, 1.0, "likeliest tokens of total mass P (default 1)"),
-        ("--top-k K", int, 0, "the K likeliest tokens; 0: all (default)"),
-        ("--seed SEED", int, 0, "of the sampling (default 0)"),
+        ("--max-new-tokens N", 256, "at most so many (default 256)"),
+        ("--temperature T", 0.0, "0: the likeliest token (default)"),
+        ("--top-p P", 1.0, "likeliest tokens of total mass P (default 1)"),
+        ("--top-k K", 0, "the K likeliest tokens; 0: all (default)"),
+        ("--seed SEED", 0, "of the sampling (default 0)"),
     ],
     "which tokens to keep": [
-        (
-            "--method NAME",
-            str,
-            None,
-            "zipvl (default), dense, ... or my_file.py:Class; NAME:option=value",
-        ),
-        ("--dense", bool, None, "same as --method dense"),
-        ("--tau TAU", float, None, "share of attention mass a layer keeps (zipvl; default 0.975)"),
-        ("--keep-ratio R", float, None, "share of tokens kept (methods with a ratio)"),
-        ("--probe R+R", str, None, "probe rows, recent+random (zipvl; default 64+64)"),
-        ("--kv-bits B", str, None, "cache bits: 4; or 4,2 to keep all, the others at 2 (zipvl)"),
+        ("--method NAME", str, "zipvl (default), dense, ...; my_file.py:Class; NAME:option=value"),
+        ("--dense", False, "same as --method dense"),
+        ("--tau TAU", float, "share of attention mass a layer keeps (zipvl; default 0.975)"),
+        ("--keep-ratio R", float, "share of tokens kept (methods with a ratio)"),
+        ("--probe R+R", str, "probe rows, recent+random (zipvl; default 64+64)"),
+        ("--kv-bits B", str, "cache bits: 4; or 4,2 to keep all, the others at 2 (zipvl)"),
     ],
     "the machine": [
-        ("--device DEVICE", str, "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
+        ("--device DEVICE", "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
         (
             "--dtype DTYPE",
-            str,
             "auto",
             "bfloat16, float32, float16 (default: bfloat16 on CUDA and AMX CPUs, else float32)",
         ),
-        ("--attn ATTN", str, "auto", "auto, sdpa, torch-flash, flash-attn (default auto)"),
-        ("--weights KIND", str, "full", "int8, int4: decode faster on a CPU"),
-        ("--compile", bool, None, "torch.compile for prefill; on CUDA graph decoding"),
+        ("--attn ATTN", "auto", "auto, sdpa, torch-flash, flash-attn (default auto)"),
+        ("--weights KIND", "full", "int8, int4: decode faster on a CPU"),
+        ("--compile", False, "torch.compile for prefill; on CUDA graph decoding"),
     ],
     "what to print": [
-        ("--stats", bool, None, "seconds by stage and kept tokens by layer, on stderr"),
-        ("--json", bool, None, "one JSON object on stdout instead of text"),
-        ("-q --quiet", bool, None, "nothing on stderr but errors"),
-        ("--verbose", bool, None, "a traceback with every error"),
+        ("--stats", False, "seconds by stage and kept tokens by layer, on stderr"),
+        ("--json", False, "one JSON object on stdout instead of text"),
+        ("-q --quiet", False, "nothing on stderr but errors"),
+        ("--verbose", False, "a traceback with every error"),
     ],
 }
 
@@ -100,14 +96,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for title, rows in OPTIONS.items():
         add = parser.add_argument_group(title).add_argument
-        for names, kind, default, text in rows:
-            *flags, value = names.split()
-            if kind is bool:
-                add(*flags, value, action="store_true", help=text)
-            elif kind is list:
-                add(*flags, metavar=value, action="append", default=[], help=text)
+        for names, value, text in rows:
+            *flags, last = names.split()
+            if value is False:
+                add(*flags, last, action="store_true", help=text)
+            elif value == []:
+                add(*flags, metavar=last, action="append", default=value, help=text)
+            elif isinstance(value, type):
+                add(*flags, metavar=last, type=value, help=text)
             else:
-                add(*flags, metavar=value, type=kind, default=default, help=text)
+                add(*flags, metavar=last, type=type(value), default=value, help=text)
     return parser
 
 
@@ -170,11 +168,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         if args.verbose:
             raise
-        code: int = getattr(e, "code", 0)  # a ZipvlError's; its import may be what failed
-        known = code in (1, 2, 3)
-        what = str(e) if known else f"{type(e).__name__}: {e} (--verbose shows where)"
-        print(f"error: {what}", file=sys.stderr)
-        return code if known else 1
+        if isinstance(e, ZipvlError):
+            say(f"error: {e}")
+            return e.code
+        say(f"error: {type(e).__name__}: {e} (--verbose shows where)")
+        return 1
 
 
 class Session:
@@ -182,47 +180,56 @@ class Session:
 
     def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace) -> None:
         self.engine, self.policy, self.args = engine, policy, args
-        # A video is read once. Pictures are read again when one is added, as some models cut a
-        # lone picture differently; else they are taken from the last prompt.
-        self.images: list[ImageSource] = list(args.image)
-        self.videos: list[VideoSource] = list(args.video)
-        self.known: Inputs | None = None  # the last prompt
+        self.images: list[ImageSource] = args.image  # files; once they are read, what they hold
+        self.videos: list[VideoSource] = args.video
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
         if sys.stdin:  # bytes that are no UTF-8 come as they do on the command line
             sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
-    def prepare(self, prompt: str | list[Message]) -> Inputs:
-        """`prompt` with the session's media, each read once; says what will run."""
-        a, images = self.args, self.images
-        if self.known:
-            images = [m for m in self.known.media if m.kind == "image"]
-        self.known = self.engine.prepare(
-            prompt, images, self.videos, a.frames, a.fps, a.start, a.end, a.system, reader=a.reader
+    def prepare(
+        self,
+        prompt: str | list[Message],
+        images: list[ImageSource] | None = None,
+        videos: list[VideoSource] | None = None,
+    ) -> Inputs:
+        """`prompt` with its media (None: as before), which later prompts take as they were read;
+        says what will run."""
+        a = self.args
+        images, videos = images or self.images, videos or self.videos
+        inputs = self.engine.prepare(
+            prompt, images, videos, a.frames, a.fps, a.start, a.end, a.system, a.reader
         )
-        self.videos = [m for m in self.known.media if m.kind == "video"]
+        self.images = [m for m in inputs.media if m.kind == "image"]
+        self.videos = [m for m in inputs.media if m.kind == "video"]
         if not a.quiet:
-            say(headline(self.engine, self.policy, self.known))
-            for warning in self.known.warnings:
+            say(headline(self.engine, self.policy, inputs))
+            for warning in inputs.warnings:
                 say(f"warning: {warning}")
-        return self.known
+        return inputs
+
+    def add(self, command: str, path: str) -> None:
+        """One more medium, read at once; nothing changes where that fails."""
+        if command == "/video":
+            self.prepare("", videos=[*self.videos, path])
+        else:  # pictures are read again, as some models cut a lone one differently
+            files = [*self.args.image, path]
+            self.prepare("", images=files)
+            self.args.image = files
 
     def answer(self, inputs: Inputs) -> tuple[str, list[int], Result | None]:
         """Streams one answer; (text, tokens, None) when Ctrl-C ended it."""
-        a, text, tokens = self.args, "", []
+        a, text, tokens, result = self.args, "", [], None
         pieces = self.engine.stream(
             inputs, self.policy, a.max_new_tokens, a.temperature, a.top_p, a.top_k, a.seed
         )
-        result = None
-        try:
+        with suppress(KeyboardInterrupt):
             for piece in pieces:
                 text += piece.text
                 tokens += [] if piece.token is None else [piece.token]
                 result = piece.result
                 if not a.json:
                     print(piece.text, end="", flush=True)
-        except KeyboardInterrupt:
-            pass
         if not a.json:
             print(flush=True)
         return text, tokens, result
@@ -234,7 +241,7 @@ class Session:
         if a.json:
             run = as_json(self.engine, inputs, text, tokens, result, a.model, a.seed)
             print(json.dumps(run), flush=True)
-        if result and self.args.stats:
+        if result and a.stats:
             say(summary(result.stats))
         return 0 if result else 130
 
@@ -253,40 +260,25 @@ class Session:
                 say()
                 return 130 if isinstance(e, KeyboardInterrupt) else 0
             command, _, rest = line.partition(" ")
-            if command == "/quit":
-                return 0
-            if command == "/clear":
-                talk = []
-            elif command == "/stats":
-                say(summary(last.stats) if last else "nothing asked yet")
-            elif command in ("/image", "/video") and rest:
-                talk = [] if self.add(command, rest.strip()) else talk
-            elif line.startswith("/"):
-                say(HELP)
-            elif line:
-                asked = [*talk, {"role": "user", "content": line}]
-                try:
+            try:
+                if command == "/quit":
+                    return 0
+                if command == "/clear":
+                    talk = []
+                elif command == "/stats":
+                    say(summary(last.stats) if last else "nothing asked yet")
+                elif command in ("/image", "/video") and rest:
+                    self.add(command, rest.strip())
+                    talk = []
+                elif line.startswith("/"):
+                    say(HELP)
+                elif line:
+                    asked = [*talk, {"role": "user", "content": line}]
                     text, _, result = self.answer(self.prepare(asked))
-                except zipvl.ZipvlError as e:
-                    say(f"error: {e}")
-                    continue
-                last = result or last
-                talk = [*asked, {"role": "assistant", "content": text}]
-
-    def add(self, command: str, path: str) -> bool:
-        """One more medium, read at once; a file at fault is reported and forgotten."""
-        media: list = self.images if command == "/image" else self.videos
-        known = self.known
-        media.append(path)
-        self.known = None
-        try:
-            self.prepare("")
-        except zipvl.ZipvlError as e:
-            say(f"error: {e}")
-            media.pop()
-            self.known = known
-            return False
-        return True
+                    last = result or last
+                    talk = [*asked, {"role": "assistant", "content": text}]
+            except ZipvlError as e:
+                say(f"error: {e}")
 
 
 def read_line() -> str:
