@@ -6,6 +6,7 @@ It reads what a run left and imports nothing heavy itself, as the command line i
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,35 +55,30 @@ def summary(stats: Stats) -> str:
     return "\n".join([*lines, *hints(stats)])
 
 
-def hints(stats: Stats) -> list[str]:
+def hints(stats: Stats) -> Iterator[str]:
     """The failure signs that the paper names, where this run shows them."""
     if stats.method == "Dense()":
-        return []
-    found, seconds = [], stats.seconds
+        return
     if stats.ratio > 0.9:
-        found.append(
+        yield (
             f"hint: {stats.ratio:.0%} of the tokens took part in attention: the task needs its "
             "tokens, the prompt is mostly text (always kept), or tau is high"
         )
-    attend = seconds.get("prefill_attend", 0.0)
-    saved = attend / max(stats.attention_work, 1e-9) - attend
-    cost = seconds.get("prefill_probe", 0.0) + seconds.get("prefill_select", 0.0)
+    parts = ("probe", "select", "attend")
+    probe, select, attend = (stats.seconds.get(f"prefill_{part}", 0.0) for part in parts)
+    cost, saved = probe + select, attend / max(stats.attention_work, 1e-9) - attend
     if cost > saved:
-        found.append(
+        yield (
             f"hint: choosing tokens took {cost:.3f} s and saved about {saved:.3f} s of attention: "
             "prompts of this length are faster with --dense"
         )
-    used = sum(layer["cached"] for layer in stats.layers)
-    prompt = stats.prompt_tokens * len(stats.layers)
-    if used > 0.9 * prompt:
-        found.append(
-            "hint: the cache holds over 90 % of the prompt: the method drops little from it"
-        )
+    cached = sum(layer["cached"] for layer in stats.layers)
+    if cached > 0.9 * stats.prompt_tokens * len(stats.layers):
+        yield "hint: the cache holds over 90 % of the prompt: the method drops little from it"
     elif stats.kv_bytes > 0.9 * stats.kv_bytes_dense:
-        found.append(
+        yield (
             "hint: most of the cache is room for new tokens: a smaller --max-new-tokens shrinks it"
         )
-    return found
 
 
 def as_json(
