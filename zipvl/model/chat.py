@@ -21,9 +21,8 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
+from jinja2.nodes import Scope
 from jinja2.parser import Parser
-from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -85,8 +84,7 @@ class Chat:
         """
         parts = [part for message in messages for part in message["content"]]
         for part in parts:
-            found = self._found(part.get("text", ""))
-            if found:
+            if found := self._found(part.get("text", "")):
                 raise UsageError(
                     f"the prompt holds {found[0]} as text, without a picture or video for it: "
                     "give one medium for each marker or leave the marker out"
@@ -109,7 +107,7 @@ class Chat:
         """
         text = self.render(messages)
         kinds = [p["type"] for m in messages for p in m["content"] if p["type"] != "text"]
-        runs = list(self._runs(text))
+        runs = self._runs(text)
         if len(runs) != len(kinds) + 1:
             raise ModelError("the tokenizer joins a media placeholder with text: use another one")
         if runs[0][: len(self.bos)] != list(self.bos):  # else the template wrote it
@@ -144,13 +142,13 @@ class Chat:
         HF templates write all media of a message before its text. Where that would change the
         order, the message goes in as one text part with the markers already in place.
         """
+        parts = self.template.takes_parts
+        if parts and all(self._media_first(m["content"]) for m in messages):
+            yield messages
         flat = [(m["role"], self._flat(m["content"])) for m in messages]
-        if self.template.takes_parts:
-            if all(self._media_first(m["content"]) for m in messages):
-                yield messages
-            yield [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in flat]
-        else:
-            yield [{"role": r, "content": t} for r, t in flat]
+        yield [
+            {"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in flat
+        ]
 
     def _media_first(self, parts: list[Part]) -> bool:
         kinds = [part["type"] for part in parts]
@@ -163,30 +161,26 @@ class Chat:
         media = " ".join(self.markers[p["type"]] for p in parts if p["type"] != "text")
         return (media + "\n" if media else "") + "".join(p.get("text", "") for p in parts)
 
-    def _runs(self, text: str) -> Iterator[list[int]]:
+    def _runs(self, text: str) -> list[list[int]]:
         """Ids between the markers, one run more than there are markers."""
         if not self.marker_ids:
-            yield from map(self.encode, text.split(self.markers["image"]))
-            return
-        run: list[int] = []
+            return [self.encode(run) for run in text.split(self.markers["image"])]
+        runs: list[list[int]] = [[]]
         for i in self.encode(text):
             if i in self.marker_ids:
-                yield run
-                run = []
+                runs.append([])
             else:
-                run.append(i)
-        yield run
+                runs[-1].append(i)
+        return runs
 
 
 def _markers(tok: Tokenizer, folder: Path, config: ModelConfig) -> dict[str, str]:
     """What stands for a picture and for a video; the same where a family has no video token."""
     if config.layout == "original":
         return {"image": "<image>", "video": "<image>"}
-    videos = config.family in ("llava_next_video", "llava_onevision")
-    ids = {
-        "image": config.image_token,
-        "video": config.video_token if videos else config.image_token,
-    }
+    ids = {"image": config.image_token, "video": config.image_token}
+    if config.family in ("llava_next_video", "llava_onevision"):
+        ids["video"] = config.video_token
     added = tok.get_added_tokens_decoder()
     for kind, i in ids.items():
         if i not in added:
@@ -291,13 +285,10 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
-    def parse(self, parser: Parser) -> Node:
+    def parse(self, parser: Parser) -> Scope:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Macro) -> str:
-        return caller()
+        return Scope(body, lineno=line)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -319,22 +310,22 @@ POLITE = (
 def _vicuna(system: str) -> str:
     """A space ends a question, </s> an answer (LLaVA conversation.py, SeparatorStyle.TWO)."""
     return (
-        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
-        '{% else %}{{ "' + system + '" }}{% endif %}'
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
-        "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + '</s>' }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }} "
+        "{% else %}" + system + "{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+        "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
 
 
-def _chatml(system: str, after: str) -> str:
+def _chatml(system: str, after: str = "\n") -> str:
     """<|im_start|>role, the text, <|im_end|> and `after` (conversation.py, CHATML and MPT)."""
     return (
-        "{% if messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\\n" + system + "<|im_end|>" + after + "' }}{% endif %}"
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + "
-        "'<|im_end|>" + after + "' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        "{% if messages[0].role != 'system' %}"
+        "<|im_start|>system\n" + system + "<|im_end|>" + after + "{% endif %}"
+        "{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>" + after + "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 
 
@@ -343,16 +334,12 @@ BUILT_IN = {
     "llava_v1": _vicuna(POLITE.format("human")),  # what the original command line picks for "v1"
     "vicuna": _vicuna(""),  # LLaVA-1.5 in the HF layout: no system prompt
     "mistral_instruct": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
-        "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}"
-        "{{ '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' }}{% endif %}"
-        "{{ m['content'] + ' [/INST]' }}"
-        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' </s>' }}"
-        "{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.index0 == 1 and messages[0].role == 'system' %}"
+        "<<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n{% endif %}{{ m.content }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}{% endfor %}"
     ),
-    "qwen_1_5": _chatml("You are a helpful assistant.", "\\n"),  # OneVision, LongVA
-    "qwen_2_5": _chatml(
-        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "\\n"
-    ),
-    "chatml_direct": _chatml("Answer the questions.", ""),
+    "qwen_1_5": _chatml("You are a helpful assistant."),  # OneVision, LongVA
+    "qwen_2_5": _chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "chatml_direct": _chatml("Answer the questions.", after=""),
 }
