@@ -29,6 +29,8 @@ QWEN2_SPLIT = (  # one digit at a time; transformers models/qwen2/tokenization_q
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# SentencePiece's spaces: each is "▁", and one stands in front of every stretch of text.
+DUMMY_PREFIX = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
@@ -62,14 +64,9 @@ def _from_json(path: Path) -> Tokenizer:
     if isinstance(pre, pre_tokenizers.Metaspace) and pre.prepend_scheme == "first":
         # Files of legacy=false tokenizers: "▁" only in front of the whole text. LLaVA was trained
         # on chunks between pictures, each with its own "▁" (models.md 4.3: the ids differ).
-        tok.normalizer = _dummy_prefix()
+        tok.normalizer = DUMMY_PREFIX
         tok.pre_tokenizer = None
     return tok
-
-
-def _dummy_prefix() -> normalizers.Normalizer:
-    """SentencePiece's spaces: each is "▁", and one stands in front of every stretch of text."""
-    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def _from_merges(folder: Path) -> Tokenizer:
@@ -81,12 +78,9 @@ def _from_merges(folder: Path) -> Tokenizer:
             f"{folder / 'vocab.json'} and merges.txt are not a tokenizer ({e}): download them again"
         ) from None
     tok.normalizer = normalizers.NFC()
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
     tok.decoder = decoders.ByteLevel()
     return tok
 
@@ -200,20 +194,17 @@ def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
 
 def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]:
     """(pieces as (text, score, type), model kind (2 = BPE), compiled normalisation rules)."""
-    pieces = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
+    found: dict[int, list[dict[int, Any]]] = {1: [], 2: [{}], 3: [{}]}
     for number, value in _protobuf(data):
-        if number == 1:
-            piece = dict(_protobuf(value))
-            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-            pieces.append((piece[1].decode(), score, piece.get(3, PIECE)))
-        elif number == 2:
-            trainer = dict(_protobuf(value))
-        elif number == 3:
-            normalizer = dict(_protobuf(value))
-    if not (pieces and trainer and normalizer):
+        if number in found:
+            found[number].append(dict(_protobuf(value)))
+    trainer, normalizer = found[2][-1], found[3][-1]
+    if not (found[1] and trainer and normalizer):
         raise ValueError("the message has no pieces, trainer or normaliser: it is cut short")
+    pieces = []
+    for piece in found[1]:
+        (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+        pieces.append((piece[1].decode(), score, piece.get(3, PIECE)))
     return pieces, trainer.get(3, 1), normalizer.get(2, b"")
 
 
@@ -234,7 +225,7 @@ def _from_pieces(pieces: list[tuple[str, float, int]]) -> Tokenizer:
     tok = Tokenizer(
         models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
     )
-    tok.normalizer = _dummy_prefix()
+    tok.normalizer = DUMMY_PREFIX
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tok.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     tok.add_special_tokens([t for t, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
