@@ -95,8 +95,9 @@ def load_weights(
         for name, tensor in read_tensors(tower_folder(config.tower, folder), TOWER_SPELLINGS):
             if name in missing:
                 take(name, tensor)
-    if "lm_head.weight" in missing and "text.embed_tokens.weight" not in missing:
-        missing.pop("lm_head.weight")  # no head in the files means a tied one, whatever config says
+    tied = config.text.tied or "lm_head.weight" in missing  # no head in the files means a tied one
+    if tied and "text.embed_tokens.weight" not in missing:
+        missing.pop("lm_head.weight", None)
         model.lm_head.weight = model.text.embed_tokens.weight
     report(folder, sorted(missing), unexpected, misshaped)
     return model.eval().requires_grad_(False)
@@ -118,8 +119,6 @@ def place(model: VLM, name: str, tensor: Tensor, device: torch.device, dtype: to
     own = torch.empty(tensor.shape, dtype=dtype, device=device)
     parameter = nn.Parameter(own.copy_(tensor), requires_grad=False)
     setattr(model.get_submodule(path), leaf, parameter)
-    if name == "text.embed_tokens.weight" and model.config.text.tied:
-        model.lm_head.weight = parameter
 
 
 def report(folder: Path, missing: list[str], unexpected: list[str], misshaped: list[str]) -> None:
