@@ -112,9 +112,9 @@ class Section:
         """The value at `key` as it is, `usual` where it is missing."""
         return self.raw.get(key, usual)
 
-    def number(self, key: str, least: int = 1, most: int = 10**7) -> int:
-        """The whole number at `key`, in least..most."""
-        value = self.get(key)
+    def number(self, key: str, least: int = 1, most: int = 10**7, usual: int | None = None) -> int:
+        """The whole number at `key`, in least..most; `usual` where it is missing or null."""
+        value = usual if self.get(key) is None else self.get(key)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:

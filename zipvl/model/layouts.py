@@ -11,16 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import (
-    MediaConfig,
-    ModelConfig,
-    Section,
-    TextConfig,
-    VisionConfig,
-    optional_json,
-    read_json,
-    shown,
-)
+from ..config import MediaConfig, ModelConfig, Section, TextConfig, VisionConfig, read_json, shown
 from ..errors import ModelError
 
 # Decoders, as the classes of transformers 4 fill in what a file leaves out.
@@ -29,15 +20,17 @@ LLAMA = {
     "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu",
     "max_position_embeddings": 2048,
 }  # fmt: skip
-MISTRAL = LLAMA | {
-    "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
-    "max_position_embeddings": 131072,
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "mistral": LLAMA | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": LLAMA | {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
 }  # fmt: skip
-QWEN2 = LLAMA | {
-    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-}  # fmt: skip
-TEXT_DEFAULTS: dict[str, dict[str, Any]] = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
 
 # Towers: the same, and the public ones that checkpoints name.
 CLIP = {
@@ -45,7 +38,7 @@ CLIP = {
     "num_attention_heads": 12, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
 }  # fmt: skip
 SIGLIP = CLIP | {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
-VISION_DEFAULTS: dict[str, dict[str, Any]] = {"clip": CLIP, "siglip": SIGLIP}
+TOWERS: dict[str, dict[str, Any]] = {"clip": CLIP, "siglip": SIGLIP}
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 CLIP_L_336 = {
@@ -114,9 +107,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
     usual_select, usual_layer = ("full", -1) if onevision else ("default", -2)
     select = file.choice("vision_feature_select_strategy", ("default", "full"), usual_select)
     layers = file.get("vision_feature_layer", usual_layer)
-    vision = read_vision(file.holding(tower), layers, select == "default")
-    if not plain:
-        _needs_map(file, vision)
+    vision = read_vision(file.holding(tower), layers, select == "default", grid=not plain)
     pre = _read_preprocessor(folder)
 
     # 2 the decoder and what lies between
@@ -142,7 +133,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
             max_tiles=tiles if onevision else None,
             several="pad" if onevision else "same",
             pool="bilinear" if onevision else file.choice("spatial_pool_mode", POOLS, "average"),
-            stride=2 if onevision else _read_stride(file, "spatial_pool_stride"),
+            stride=2 if onevision else file.number("spatial_pool_stride", most=100, usual=2),
             pool_first=family == "llava_next_video",
             video_newline="one" if onevision else "none",
         ),
@@ -153,7 +144,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
         newline=not plain,
         image_token=image,
         video_token=video,
-        max_length=_max_length(TEXT_DEFAULTS[decoder.kind] | text.raw),
+        max_length=_max_length(DECODERS[decoder.kind] | text.raw),
     )
 
 
@@ -165,47 +156,48 @@ def _media_token(file: Section, kind: str, usual: int) -> int:
 
 def _read_original(folder: Path, file: Section) -> ModelConfig:
     name = str(_architecture(file)).lower()
-    decoder = re.sub("llava|forcausallm|[^a-z0-9]", "", name) or "llama"
-    decoder = {"qwen": "qwen2"}.get(decoder, decoder)
-    kind = file.one_of(decoder, tuple(TEXT_DEFAULTS), f"decoder of {name}")
-    # The original Qwen and Mistral classes ignore rope_scaling.
-    text = file if kind == "llama" else file.holding(file.raw | {"rope_scaling": None})
+    kind = re.sub("llava|forcausallm|[^a-z0-9]", "", name) or "llama"
+    kind = file.one_of("qwen2" if kind == "qwen" else kind, tuple(DECODERS), f"decoder of {name}")
 
     # 1 the tower; errors about its values name the checkpoint's own file
     tower = _find_tower(folder, file)
     inner = tower.section("vision_config").raw or tower.raw
     siglip = "siglip" in str(inner.get("model_type"))
     select = file.choice("mm_vision_select_feature", ("patch", "cls_patch"), "patch")
-    layers = None if siglip else file.get("mm_vision_select_layer", -2)
-    vision = read_vision(file.holding(tower.raw), layers, select == "patch")
+    layers = -2 if siglip else file.get("mm_vision_select_layer")  # SigLIP: all blocks but the last
     merge = str(file.get("mm_patch_merge_type") or "flat")
-    if merge != "flat":
-        _needs_map(file, vision)
+    vision = read_vision(file.holding(tower.raw), layers, select == "patch", grid=merge != "flat")
 
-    # 2 pictures and videos
+    # 2 the decoder; the original Qwen and Mistral classes ignore rope_scaling
+    text = file if kind == "llama" else file.holding(file.raw | {"rope_scaling": None})
+    decoder = read_text(text, kind, bool(file.get("tie_word_embeddings")))
+
+    # 3 pictures and videos
     aspect = str(file.get("image_aspect_ratio") or "square")
     tiles, anyres, newline = _max_tiles(aspect), aspect.startswith("anyres"), "unpad" in merge
-    pinpoints = file.get("image_grid_pinpoints")
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    if anyres:  # written as (width, height), where HF reads the same list as (height, width)
+        pairs = _read_pinpoints(file, file.get("image_grid_pinpoints"), vision.image_size)
+        pinpoints = tuple((h, w) for w, h in pairs)
     mode = file.get("mm_spatial_pool_mode") or ("bilinear" if siglip else "average")
+    family = "llava_onevision" if tiles else "llava_next" if anyres else "llava"
     return ModelConfig(
-        text=read_text(text, kind, bool(file.get("tie_word_embeddings"))),
+        text=decoder,
         vision=vision,
         media=MediaConfig(
             **_read_pixels(file.holding({}), vision),
             image="anyres" if anyres else "pad" if aspect == "pad" else "crop",
-            pinpoints=_flipped(_read_pinpoints(file, pinpoints, vision.image_size))
-            if anyres else (),
+            pinpoints=pinpoints,
             merge="tiles" if merge == "unires" else merge,
             max_tiles=tiles,
             round_unpad=False,
             several="pad" if tiles else "same",
             pool=file.one_of(mode, POOLS, "mm_spatial_pool_mode"),
-            stride=_read_stride(file, "mm_spatial_pool_stride"),
+            stride=file.number("mm_spatial_pool_stride", most=100, usual=2),
             pool_first=file.get("mm_pooling_position") == "before",
             video_newline=_video_newline(file, tiles is not None) if newline else "none",
         ),
-        family="longva" if merge == "unires" else "llava_onevision" if tiles else
-        "llava_next" if anyres else "llava",
+        family="longva" if merge == "unires" else family,
         layout="original",
         projector=str(file.get("mm_projector_type", "linear")),
         projector_bias=True,
@@ -214,7 +206,7 @@ def _read_original(folder: Path, file: Section) -> ModelConfig:
         video_token=-200,
         tower=tower.where,
         max_length=_max_length(file.raw),
-    )  # fmt: skip
+    )
 
 
 def _find_tower(folder: Path, file: Section) -> Section:
@@ -233,11 +225,6 @@ def _find_tower(folder: Path, file: Section) -> Section:
     )
 
 
-def _flipped(pinpoints: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """The original code reads pinpoints as (width, height), HF the same list as (height, width)."""
-    return tuple((h, w) for w, h in pinpoints)
-
-
 def _video_newline(file: Section, onevision: bool) -> str:
     """mm_newline_position where it is written; else what each family's own demo sets."""
     value = file.get("mm_newline_position") or ("one_token" if onevision else "no_token")
@@ -246,7 +233,7 @@ def _video_newline(file: Section, onevision: bool) -> str:
 
 def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
     """Decoder config from HF keys, written by transformers 4 or 5."""
-    c = file.holding(TEXT_DEFAULTS[file.one_of(kind, tuple(TEXT_DEFAULTS), "decoder")] | file.raw)
+    c = file.holding(DECODERS[file.one_of(kind, tuple(DECODERS), "decoder")] | file.raw)
     rope = c.section("rope_scaling").raw | c.section("rope_parameters").raw
     scaling = c.one_of(
         rope.get("rope_type", rope.get("type", "default")), ("default", "linear"), "rope type"
@@ -281,17 +268,18 @@ def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
     )
 
 
-def read_vision(file: Section, layers: Any, drop_cls: bool) -> VisionConfig:
+def read_vision(file: Section, layers: Any, drop_cls: bool, grid: bool = False) -> VisionConfig:
     """Tower config from a CLIP/SigLIP config (a full CLIP config holds it under `vision_config`).
 
     `layers` are hidden-state indices as configs write them (-2: before the last block), one or a
-    list; None means the original SigLIP rule: all blocks but the last. `drop_cls` counts for CLIP.
+    list; None means -2. `drop_cls` counts for CLIP. `grid`: the features must lie on a map, so
+    CLIP's class token may not stay in front of them.
     """
     inner = file.section("vision_config").raw or file.raw
     name = inner.get("model_type") or file.get("model_type")
     name = name.removesuffix("_vision_model") if isinstance(name, str) else name
-    kind = file.one_of(name, tuple(VISION_DEFAULTS), "vision tower")
-    c = file.holding(VISION_DEFAULTS[kind] | inner)
+    kind = file.one_of(name, tuple(TOWERS), "vision tower")
+    c = file.holding(TOWERS[kind] | inner)
     count = c.number("num_hidden_layers", most=1000)
     listed = [-2] if layers is None else layers if isinstance(layers, list) else [layers]
     if not listed or not all(type(i) is int and -count - 1 <= i <= count for i in listed):
@@ -300,7 +288,7 @@ def read_vision(file: Section, layers: Any, drop_cls: bool) -> VisionConfig:
     size, patch = (c.number(key, most=10**4) for key in ("image_size", "patch_size"))
     if width % heads or size < patch:
         raise c.fault(f"width {width}, {heads} heads, image {size} and patch {patch} do not fit")
-    return VisionConfig(
+    vision = VisionConfig(
         kind=kind,
         hidden_size=width,
         intermediate_size=c.number("intermediate_size"),
@@ -313,18 +301,15 @@ def read_vision(file: Section, layers: Any, drop_cls: bool) -> VisionConfig:
         take=tuple(i if i >= 0 else count + 1 + i for i in listed),
         drop_cls=kind == "clip" and drop_cls,
     )
-
-
-def _needs_map(file: Section, vision: VisionConfig) -> None:
-    """ModelError where features must lie on a grid and CLIP keeps its class token in front."""
-    if vision.kind == "clip" and not vision.drop_cls:
+    if grid and kind == "clip" and not drop_cls:
         raise file.fault("only LLaVA-1.5 can keep CLIP's class token (feature selection)")
+    return vision
 
 
 def _read_preprocessor(folder: Path) -> Section:
     """Image-processor settings: preprocessor_config.json (v4) or processor_config.json (v5)."""
     for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        raw = optional_json(path)
+        raw = read_json(path) if path.exists() else {}
         raw = Section(raw, str(path)).section("image_processor").raw or raw
         if "image_mean" in raw or "size" in raw:
             return Section(raw, str(folder))
@@ -384,11 +369,6 @@ def _max_tiles(aspect: Any) -> int | None:
     """N of "anyres_max_N", OneVision's mark."""
     found = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(aspect))
     return int(found[1]) if found else None
-
-
-def _read_stride(file: Section, key: str) -> int:
-    """The pooling stride at `key`, 2 where it is missing."""
-    return file.number(key, most=100) if file.get(key) is not None else 2
 
 
 def _max_length(raw: dict[str, Any]) -> int | None:
