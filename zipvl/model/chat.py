@@ -19,11 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Scope
+from jinja2 import TemplateError, ext, nodes, sandbox
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from ..config import ModelConfig, optional_json
@@ -57,14 +54,14 @@ class Chat:
         settings = optional_json(folder / "tokenizer_config.json")
         tok = load_tokenizer(folder, settings)
         tokens = named_tokens(tok, folder, settings)
-        markers = _markers(tok, folder, config)
-        names = markers.values() if config.layout == "hf" else ()
+        ids = _marker_ids(tok, folder, config)
         added = tok.get_added_tokens_decoder()
+        markers = {kind: added[i].content for kind, i in ids.items()}
         return cls(
             tokenizer=tok,
             template=load_template(folder, config, template, tokens),
-            markers=markers,
-            marker_ids=frozenset(i for i, token in added.items() if token.content in names),
+            markers=markers or {"image": "<image>", "video": "<image>"},
+            marker_ids=frozenset(ids.values()),
             bos=bos_ids(tok, settings, tokens),
             stop_ids=stop_ids(tok, folder, config, tokens),
             vocab_size=max(tok.get_vocab().values()) + 1,
@@ -145,10 +142,9 @@ class Chat:
         parts = self.template.takes_parts
         if parts and all(self._media_first(m["content"]) for m in messages):
             yield messages
-        flat = [(m["role"], self._flat(m["content"])) for m in messages]
-        yield [
-            {"role": r, "content": [{"type": "text", "text": t}] if parts else t} for r, t in flat
-        ]
+        texts = [self._flat(m["content"]) for m in messages]
+        contents: list[Any] = [[{"type": "text", "text": t}] for t in texts] if parts else texts
+        yield [{"role": m["role"], "content": c} for m, c in zip(messages, contents, strict=True)]
 
     def _media_first(self, parts: list[Part]) -> bool:
         kinds = [part["type"] for part in parts]
@@ -174,10 +170,10 @@ class Chat:
         return runs
 
 
-def _markers(tok: Tokenizer, folder: Path, config: ModelConfig) -> dict[str, str]:
-    """What stands for a picture and for a video; the same where a family has no video token."""
+def _marker_ids(tok: Tokenizer, folder: Path, config: ModelConfig) -> dict[str, int]:
+    """Ids of the markers, {} in the original layout; a video without its own has the picture's."""
     if config.layout == "original":
-        return {"image": "<image>", "video": "<image>"}
+        return {}
     ids = {"image": config.image_token, "video": config.image_token}
     if config.family in ("llava_next_video", "llava_onevision"):
         ids["video"] = config.video_token
@@ -188,7 +184,7 @@ def _markers(tok: Tokenizer, folder: Path, config: ModelConfig) -> dict[str, str
                 f"{folder}: the tokenizer has no added token with id {i}, which config.json names "
                 f"as the {kind} placeholder: the tokenizer belongs to another checkpoint"
             )
-    return {kind: added[i].content for kind, i in ids.items()}
+    return ids
 
 
 @dataclass(frozen=True)
@@ -228,15 +224,15 @@ def load_template(
     Raises UsageError for an unknown choice, ModelError for a template that does not compile.
     """
     name, source = _named(choice) if choice is not None else _shipped(folder, config)
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    env = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )
-    env.filters["tojson"] = _tojson
+    env.filters["tojson"] = lambda value, **o: json.dumps(value, ensure_ascii=False, **o)
     env.globals["raise_exception"] = _refuse
     env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return PromptTemplate(name, env.from_string(source).render, tokens)
-    except (jinja2.TemplateError, RecursionError) as e:
+    except (TemplateError, RecursionError) as e:
         raise ModelError(
             f"the chat template {name} is not valid jinja ({e}): choose another template "
             f"({', '.join(BUILT_IN)})"
@@ -280,23 +276,19 @@ def _default(config: ModelConfig) -> str:
     return {"llava": "vicuna", "llava_next": "llava_v1"}.get(config.family, "vicuna_v1")
 
 
-class _Generation(Extension):
+class _Generation(ext.Extension):
     """{% generation %} marks answers for training; here its body is simply printed."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
-    def parse(self, parser: Parser) -> Scope:
+    def parse(self, parser: Parser) -> nodes.Scope:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return Scope(body, lineno=line)
+        return nodes.Scope(body, lineno=line)
 
 
 def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, **options)
+    raise TemplateError(message)
 
 
 # The built-in templates.
