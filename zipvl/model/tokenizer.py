@@ -8,19 +8,12 @@ vocab.json + merges.txt     Qwen2's byte-level BPE
 import codecs
 import struct
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from ..config import ModelConfig, optional_json, read_json
 from ..errors import ModelError
@@ -169,27 +162,26 @@ def read_sentencepiece(path: Path) -> Tokenizer:
 
 def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
     """(field number, value) pairs of one protobuf message."""
-    at = 0
+    stream = BytesIO(data)
 
     def varint() -> int:
-        nonlocal at
         value = shift = 0
         while True:
-            byte = data[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            (byte,) = stream.read(1)
+            value, shift = value | (byte & 127) << shift, shift + 7
             if byte < 128:
                 return value
 
-    while at < len(data):
+    while stream.tell() < len(data):
         number, wire = divmod(varint(), 8)
         if wire == 0:
             yield number, varint()
             continue
         size = {1: 8, 5: 4}[wire] if wire != 2 else varint()
-        if at + size > len(data):
+        value = stream.read(min(size, len(data)))
+        if len(value) < size:
             raise ValueError("the message ends inside a field")
-        yield number, data[at : at + size]
-        at += size
+        yield number, value
 
 
 def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]:
@@ -211,15 +203,14 @@ def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]
 def _from_pieces(pieces: list[tuple[str, float, int]]) -> Tokenizer:
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
     ranked = [
-        (-score, -cut, text[:cut], text[cut:])
+        (-score, -cut, (text[:cut], text[cut:]))
         for text, score, kind in pieces
         for cut in range(1, len(text))
         if kind == PIECE and text[:cut] in vocab and text[cut:] in vocab
     ]
     # SentencePiece merges the best-scored pair, leftmost first. Merges of equal score (runs of
     # spaces) then grow from the left, which is what preferring the longer left part does.
-    ranked.sort(key=lambda m: m[:2])
-    merges = [(left, right) for _, _, left, right in ranked]
+    merges = [pair for _, _, pair in sorted(ranked, key=lambda m: m[:2])]
     unknown = next((text for text, _, kind in pieces if kind == UNKNOWN), None)
     has_bytes = any(kind == BYTE for _, _, kind in pieces)
     tok = Tokenizer(
@@ -231,20 +222,16 @@ def _from_pieces(pieces: list[tuple[str, float, int]]) -> Tokenizer:
     tok.add_special_tokens([t for t, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
     tok.add_tokens([AddedToken(t, normalized=False) for t, _, k in pieces if k == USER_DEFINED])
     if "<s>" in vocab:
-        tok.post_processor = processors.TemplateProcessing(
+        tok.post_processor = TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
         )
     return tok
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of every byte -> the byte (openai/gpt-2 encoder.py)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-BYTE_OF_LETTER = _byte_alphabet()
+# GPT-2's printable stand-in of every byte -> the byte (openai/gpt-2 encoder.py).
+BYTE_OF_LETTER = {chr(b): b for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+OTHERS = sorted({*range(256)} - {*BYTE_OF_LETTER.values()})
+BYTE_OF_LETTER |= {chr(256 + i): b for i, b in enumerate(OTHERS)}
 BYTE_OF_PIECE = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
 
 
