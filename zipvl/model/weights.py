@@ -76,25 +76,24 @@ def load_weights(
     with torch.device("meta"):
         model = VLM(config)
     missing = {name: p.shape for name, p in model.named_parameters()}
-    unexpected: list[str] = []
     misshaped: list[str] = []
 
-    def take(name: str, tensor: Tensor) -> None:
-        shape = missing.pop(name)
-        if tensor.shape == shape:
-            place(model, name, tensor, device, dtype)
-        else:
-            misshaped.append(f"{name} is {list(tensor.shape)}, config says {list(shape)}")
+    def fill(source: Path, spellings: list[tuple[str, str]]) -> list[str]:
+        """Puts what is missing and `source` holds in its place; the names of all the rest."""
+        rest = []
+        for name, tensor in read_tensors(source, spellings):
+            shape = missing.pop(name, None)
+            if shape is None:
+                rest.append(name)
+            elif tensor.shape == shape:
+                place(model, name, tensor, device, dtype)
+            else:
+                misshaped.append(f"{name} is {list(tensor.shape)}, config says {list(shape)}")
+        return rest
 
-    for name, tensor in read_tensors(folder, SPELLINGS):
-        if name in missing:
-            take(name, tensor)
-        elif not ignorable(name, config):
-            unexpected.append(name)
+    unexpected = [name for name in fill(folder, SPELLINGS) if not ignorable(name, config)]
     if config.tower is not None and any(name.startswith("vision.") for name in missing):
-        for name, tensor in read_tensors(tower_folder(config.tower, folder), TOWER_SPELLINGS):
-            if name in missing:
-                take(name, tensor)
+        fill(tower_folder(config.tower, folder), TOWER_SPELLINGS)
     tied = config.text.tied or "lm_head.weight" in missing  # no head in the files means a tied one
     if tied and "text.embed_tokens.weight" not in missing:
         missing.pop("lm_head.weight", None)
