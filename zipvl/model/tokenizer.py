@@ -103,9 +103,8 @@ def named_tokens(tok: Tokenizer, folder: Path, settings: dict[str, Any]) -> dict
     known = {"bos_token": "<s>", "eos_token": "</s>"}  # what SentencePiece files call them
     named: dict[str, Any] = {k: v for k, v in known.items() if tok.token_to_id(v) is not None}
     named |= optional_json(folder / "special_tokens_map.json") | settings
-    named = {k: v for k, v in named.items() if k.endswith("_token")}
     texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
-    return {k: v for k, v in texts.items() if isinstance(v, str)}
+    return {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)}
 
 
 def bos_ids(tok: Tokenizer, settings: dict[str, Any], tokens: dict[str, str]) -> tuple[int, ...]:
