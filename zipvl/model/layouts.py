@@ -308,8 +308,9 @@ def read_vision(file: Section, layers: Any, drop_cls: bool, grid: bool = False) 
 
 def _read_preprocessor(folder: Path) -> Section:
     """Image-processor settings: preprocessor_config.json (v4) or processor_config.json (v5)."""
-    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        raw = read_json(path) if path.exists() else {}
+    files = folder / "preprocessor_config.json", folder / "processor_config.json"
+    for path in filter(Path.exists, files):
+        raw = read_json(path)
         raw = Section(raw, str(path)).section("image_processor").raw or raw
         if "image_mean" in raw or "size" in raw:
             return Section(raw, str(folder))
