@@ -269,11 +269,9 @@ def _shipped(folder: Path, config: ModelConfig) -> tuple[str, str]:
 
 def _default(config: ModelConfig) -> str:
     """The built-in template a family was trained with."""
-    if config.text.kind != "llama":
-        return {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}[config.text.kind]
-    if config.layout == "original":
-        return "vicuna_v1"
-    return {"llava": "vicuna", "llava_next": "llava_v1"}.get(config.family, "vicuna_v1")
+    by_family = {"llava": "vicuna", "llava_next": "llava_v1"} if config.layout == "hf" else {}
+    by_decoder = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
+    return by_decoder.get(config.text.kind) or by_family.get(config.family, "vicuna_v1")
 
 
 class _Generation(ext.Extension):
