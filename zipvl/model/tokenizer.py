@@ -249,19 +249,14 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The characters that `token` completes, "" when there are none yet."""
-        if token in self._special:
-            return ""
-        return self._start(self._text.decode(self._bytes(token)))
+        data = b"" if token in self._special else self._bytes(token)
+        if self._strip and data:
+            self._strip, data = False, data.removeprefix(b" ")
+        return self._text.decode(data)
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character cut short, else ""."""
-        return self._start(self._text.decode(b"", final=True))
-
-    def _start(self, text: str) -> str:
-        if self._strip and text:
-            self._strip = False
-            return text.removeprefix(" ")
-        return text
+        return self._text.decode(b"", final=True)
 
     def _bytes(self, token: int) -> bytes:
         piece = self._tok.id_to_token(token) or ""
