@@ -22,13 +22,14 @@ from video_files import (
     huge_png,
     number,
     pictures,
+    read_video,
     reference,
     set_matrix,
 )
 from video_files import video as video  # the fixture
 
 from zipvl.errors import MediaError, UsageError
-from zipvl.vision.video import Clip, decord_frames, pyav_frames, read_index, read_video, sample
+from zipvl.vision.video import Clip, decord_frames, pyav_frames, read_index, sample
 
 Video = Callable[[str], Path]
 
@@ -98,7 +99,7 @@ def test_times_are_those_of_the_pictures(video: Video, name: str) -> None:
 def test_cut_of_a_long_gop_ends_in_time(video: Video) -> None:
     """Where a decoder never returns from this file, it cannot be interrupted: hence a process."""
     code = (
-        "import sys; from zipvl.vision.video import read_video; c = read_video(sys.argv[1]);"
+        "import sys; from tests.video_files import read_video; c = read_video(sys.argv[1]);"
         "print(c.total, c.decoder, c.indices[-1], *c.frames[:, 8, 8::16].mean(-1).ravel().round())"
     )
     path = video("cut.mp4")
@@ -407,7 +408,7 @@ def test_decord_never_waits_for_frames_that_are_not_there(video: Video, tmp_path
     mkv = video("h264.mkv").read_bytes()
     (tmp_path / "short.mkv").write_bytes(mkv[: len(mkv) // 2])
     code = (
-        "import sys; from zipvl.vision.video import read_video; from zipvl.errors import MediaError\n"
+        "import sys; from tests.video_files import read_video; from zipvl.errors import MediaError\n"
         "for path in sys.argv[1:]:\n"
         "    try: read_video(path, reader='decord')\n"
         "    except MediaError as e: print(e)"
@@ -527,7 +528,7 @@ def test_memory_does_not_grow_with_frames_of_full_size(video: Video, tmp_path: P
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=1280x720:d=12", *X264[:4], "-preset", "ultrafast", path)
     code = (
         "import sys, resource\n"
-        "from zipvl.vision.video import read_video\n"
+        "from tests.video_files import read_video\n"
         "clip = read_video(sys.argv[1], int(sys.argv[2]), fit=lambda p: p[:32, :32].copy())\n"
         "print(clip.decoder, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )

@@ -4,6 +4,7 @@ Every frame shows its number in twelve black or white blocks, so a test reads fr
 frame it was given, whatever codec, container, edit list or timestamps lie between.
 """
 
+import os
 import shutil
 import struct
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from zipvl.vision.video import Clip, Reading
 
 WIDTH, HEIGHT, RATE = 96, 64, 25
 X264 = ["-pix_fmt", "yuv420p", "-c:v", "libx264", "-preset", "veryfast"]
@@ -137,6 +140,24 @@ def huge_png(path: Path, side: int) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(bytes(1000)))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
+
+
+def read_video(
+    source: str | os.PathLike | np.ndarray,
+    frames: int | None = 32,
+    fps: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    fit: Callable[[np.ndarray], np.ndarray] = lambda picture: picture,
+    progress: Callable[[int], object] | None = None,
+    reader: str = "pyav",
+) -> Clip:
+    """All frames of a `Reading` as one array; `fit` brings each, uint8 [h, w, 3], to a size first."""
+    reading = Reading(source, frames, fps, start, end, progress, reader)
+    pictures: list[np.ndarray] = []
+    for attempt in reading:
+        pictures = [fit(frame) for frame in attempt]
+    return reading.clip(np.stack([pictures[place] for place in reading.places]))
 
 
 @pytest.fixture(scope="session")

@@ -150,38 +150,6 @@ class Reading:
         )
 
 
-def read_video(
-    source: str | os.PathLike | np.ndarray,
-    frames: int | None = 32,
-    fps: float | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    fit: Callable[[np.ndarray], np.ndarray] = lambda picture: picture,
-    progress: Callable[[int], object] | None = None,
-    reader: str = "pyav",
-) -> Clip:
-    """All frames of a `Reading` as one array; `fit` brings each, uint8 [h, w, 3], to a size first.
-
-    Raises MediaError and UsageError as `Reading` does.
-    """
-    reading = Reading(source, frames, fps, start, end, progress, reader)
-    pictures: list[np.ndarray] = []
-    for some in reading:
-        pictures.clear()
-        pictures.extend(map(fit, some))
-    return reading.clip(_stacked(pictures, reading.places))
-
-
-def _stacked(pictures: list[np.ndarray], rows: list[int]) -> np.ndarray:
-    """[F, ...] of the ascending `rows`; takes the list apart, so that no picture is held
-    twice."""
-    frames = np.empty((len(rows), *pictures[0].shape), dtype=pictures[0].dtype)
-    for place in reversed(range(len(rows))):
-        frames[place] = pictures[rows[place]]
-        del pictures[rows[place] + 1 :]
-    return frames
-
-
 def _warning(index: Index, wanted: int, distinct: int, intact: int) -> str:
     """What was repaired, in one sentence; empty if nothing."""
     total, lost = len(index.times), distinct - intact
