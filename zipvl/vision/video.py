@@ -1,7 +1,7 @@
 """A video as a clip: the frames a model looks at, and which and when they really are.
 
-path  -> read_index -> sample -> pyav_frames (or decord_frames) -> Reading, a frame at a time
-array ---------------> sample ----------------------------------> Reading, a frame at a time
+source -> read_index: the table of its frames -> sample: rows of the table
+       -> Reading: attempts to decode these, each an iterator of frames -> Clip
 
 Headers lie, packets do not: after an edit list 146 of 467 promised frames may be left, a file cut
 short has fewer than it says, a variable frame rate has no rate. So a file is demuxed once for the
@@ -40,7 +40,7 @@ Frames = Generator[tuple[np.ndarray, bool], None, None]  # uint8 [h, w, 3], is i
 class Clip:
     """Sampled frames of one video, in order; frame numbers and times are the source's own."""
 
-    frames: np.ndarray  # uint8 [F, H, W, 3], or what `fit` made of them
+    frames: np.ndarray  # uint8 [F, H, W, 3] after resizing
     indices: tuple[int, ...]  # [F] frame numbers in presentation order; repeated when F > total
     times: tuple[float, ...]  # [F] seconds from the first frame of the source
     fps: float  # average frame rate of the source
@@ -52,15 +52,15 @@ class Clip:
 
 @dataclass(frozen=True)
 class Index:
-    """Frames of one file in presentation order; `ticks` and `keys` in container units."""
+    """Frames of one source in presentation order."""
 
     path: str
-    ticks: np.ndarray  # int64 [frames]
     times: tuple[float, ...]  # seconds from the first frame [frames]
     duration: float  # seconds
-    keys: np.ndarray  # int64, the ticks at which decoding may start; empty: only at the beginning
-    counted: bool  # frames are known by their rank, because the container's timestamps mislead
     promised: int  # frames by the header, more than the table has when the file was cut short
+    ticks: np.ndarray  # int64 [frames], timestamps in container units
+    counted: bool = True  # frames are known by their rank, because the timestamps mislead
+    keys: Sequence[int] = ()  # ticks where decoding may start; none: only at the beginning
 
 
 class Reading:
@@ -69,13 +69,12 @@ class Reading:
         reading = Reading("film.mp4", frames=64)
         for frames in reading:
             taken = [work(frame) for frame in frames]  # uint8 [h, w, 3], each different one once
+        clip = reading.clip(np.stack([taken[place] for place in reading.places]))
 
     Frames come one by one as they are decoded, so that memory grows neither with the file's
-    resolution nor its length. Where they show damage they come once more, from the first on, and
-    what was made of the earlier ones is to be forgotten: threads over frames are fast but lose
-    healthy frames next to a damaged one, and the second attempt does without them. Then `clip`
-    tells which frames they were. `progress(1)` is called for each; an array counts as one frame a
-    second; `reader` is one of READERS.
+    resolution nor its length. Threads over frames are fast but lose healthy frames next to a
+    damaged one: where frames show damage, a second attempt without threads gives all of them anew.
+    `progress(1)` is called for each; an array counts as one frame a second; `reader`: see READERS.
 
     Raises MediaError for a source without usable frames, UsageError for impossible options; what
     decodes of a damaged file is used, and `Clip.warning` says how much that was.
@@ -104,10 +103,10 @@ class Reading:
                 f"{index.duration:.2f} s"
             )
         self.index, self.progress = index, progress
-        self.rows = sample(index.times, frames, fps, start, end)
-        targets, places = np.unique(self.rows, return_inverse=True)
-        self.targets: list[int] = targets.tolist()
-        self.places: list[int] = places.tolist()  # [F] of `rows` among the frames that come
+        rows = sample(index.times, frames, fps, start, end)
+        targets, places = np.unique(rows, return_inverse=True)
+        self.targets: list[int] = targets.tolist()  # rows of the frames that come
+        self.places: list[int] = places.tolist()  # [F] where in these each frame of the clip is
         self.decoded = self.intact = self.reported = 0  # frames: in this attempt; in any
         if isinstance(source, np.ndarray):
             self.attempts: list[Frames] = [((source[i], True) for i in self.targets)]
@@ -137,7 +136,7 @@ class Reading:
 
     def clip(self, frames: np.ndarray) -> Clip:
         """What was read, with `frames` [F, ...] made of it."""
-        index, rows = self.index, self.rows
+        index, rows = self.index, [self.targets[place] for place in self.places]
         return Clip(
             frames=frames,
             indices=tuple(rows),
@@ -216,16 +215,8 @@ def _array_index(array: np.ndarray) -> Index:
         raise MediaError(
             f"the video array is {array.dtype} {list(array.shape)}: give uint8 [F, h, w, 3], F >= 1"
         )
-    ranks = np.arange(len(array))
-    return Index(
-        path="the video array",
-        ticks=ranks,
-        times=tuple(ranks.astype(float).tolist()),
-        duration=float(len(array)),
-        keys=ranks,
-        counted=True,
-        promised=len(array),
-    )
+    times = tuple(map(float, range(len(array))))
+    return Index("the video array", times, float(len(array)), len(array), np.arange(len(array)))
 
 
 def local_file(source: str | os.PathLike) -> str:
@@ -286,46 +277,44 @@ def _packets(container: Any) -> Iterator[Any]:
     """Packets with content, of all streams, up to the first place that cannot be read."""
     from av.error import FFmpegError
 
-    try:
+    with suppress(FFmpegError):
         yield from (packet for packet in container.demux() if packet.size)
-    except FFmpegError:
-        return
 
 
 def read_index(path: str) -> Index:
     """The table of frames of the video at `path`; MediaError where there are none."""
     with opened(path) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 25)
-        rows, reach, torn = [], 0.0, False
         h264 = stream.codec_context.codec.canonical_name == "h264"
+        stamps, keys, last, reach, torn = [], [], 0, 0.0, False
         for packet in _packets(container):
             torn |= packet.is_corrupt
             if packet.pts is not None:
                 reach = max(reach, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream is stream:
-                key = packet.is_keyframe and (not h264 or _is_idr(bytes(packet)))
-                rows.append((packet.pts, key, packet.is_discard, packet.duration))
-        shown = [row for row in rows if not row[2]]
-        if not shown:
+            if packet.stream is stream and not packet.is_discard:
+                stamps.append(packet.pts)
+                last = packet.duration
+                if packet.is_keyframe and (not h264 or _is_idr(bytes(packet))):
+                    keys.append(packet.pts)
+        if not stamps:
             raise MediaError(f"{path} has no frames: record or download it again")
         kind = container.format.name.split(",")[0]
-        timed = all(row[0] is not None for row in shown)
+        timed = None not in stamps
         # AVI stamps packets in decoding order: with B-frames the stamps name the wrong pictures.
         counted = not timed or bool(kind == "avi" and stream.codec_context.has_b_frames)
-        ticks = np.unique([row[0] for row in shown]) if timed else np.arange(len(shown))
+        ticks = np.unique(stamps) if timed else np.arange(len(stamps))
         unit = float(stream.time_base) if timed else 1 / rate
-        keys = [row[0] for row in shown if row[1] and not counted and kind in SEEKABLE]
         times = tuple(((ticks - ticks[0]) * unit).tolist())
         length, start = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
         short = torn or (timed and reach - start < 0.95 * length - 1 / rate)
         return Index(
             path=path,
-            ticks=ticks,
             times=times,
-            duration=times[-1] + (shown[-1][3] * unit if timed and shown[-1][3] else 1 / rate),
-            keys=np.unique(np.array(keys, dtype=np.int64)),
-            counted=counted,
+            duration=times[-1] + (last * unit if timed and last else 1 / rate),
             promised=max(stream.frames, round(length * rate)) if short else len(ticks),
+            ticks=ticks,
+            counted=counted,
+            keys=sorted(set(keys)) if kind in SEEKABLE and not counted else (),
         )
 
 
@@ -349,17 +338,15 @@ def frames_of(container: Any, stream: Any) -> Iterator[Any]:
     """Frames from where the container stands, and None for each packet that does not decode."""
     from av.error import FFmpegError
 
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-            frames = [] if packet is None else packet.decode()
-        except FFmpegError:
-            yield None
-            continue
-        if packet is None:
-            return
-        yield from frames
+    try:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except FFmpegError:
+                frames = [None]
+            yield from frames
+    except FFmpegError:
+        yield None
 
 
 def seek(container: Any, stream: Any, tick: int) -> None:
@@ -373,9 +360,7 @@ def seek(container: Any, stream: Any, tick: int) -> None:
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
     """a, b, c, d of the display matrix: shown at x' = a x + c y, y' = b x + d y."""
     data = frame.side_data.get("DISPLAYMATRIX")  # rows (a b u), (c d v), (x y w)
-    if data is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(data, dtype=np.int32)[:5].tolist()
+    a, b, _, c, d = (1, 0, 0, 0, 1) if data is None else np.frombuffer(data, np.int32)[:5].tolist()
     return a, b, c, d
 
 
@@ -388,10 +373,10 @@ def _upright(frame: Any, size: tuple[int, int], matrix: tuple[int, int, int, int
     return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
-def _from_key(container: Any, stream: Any, keys: np.ndarray, want: int) -> Iterator[Any]:
+def _from_key(container: Any, stream: Any, keys: Sequence[int], want: int) -> Iterator[Any]:
     """Frames from a keyframe at or before `want`; seeking by decoding time may overshoot it."""
     for key in [*keys[:-4:-1], keys[0]]:
-        seek(container, stream, int(key))
+        seek(container, stream, key)
         frames = frames_of(container, stream)
         first = next(frames, None)
         if first is not None and first.pts is not None and first.pts <= want:
@@ -408,9 +393,9 @@ def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
         source = enumerate(frames_of(container, stream))
         frame, at, hurt, matrix = None, int(index.ticks[0]) - 1, False, None
         for want in targets if index.counted else index.ticks[targets].tolist():
-            keys = index.keys[index.keys <= want]
-            if len(keys) and at < keys[-1] and keys[-1] > index.ticks[0]:
-                source = enumerate(_from_key(container, stream, keys, want))
+            usable = bisect_right(index.keys, want)
+            if usable and max(at, index.ticks[0]) < index.keys[usable - 1]:
+                source = enumerate(_from_key(container, stream, index.keys[:usable], want))
             while frame is None or at < want:
                 rank, following = next(source, (None, None))
                 if rank is None:
@@ -440,14 +425,13 @@ def decord_frames(index: Index, targets: list[int]) -> Frames:
     except (ImportError, OSError):
         raise MediaError(f"{index.path} needs the package decord: pip install decord") from None
     decord.logging.set_level(decord.logging.QUIET)
-    try:
-        reader = _is_plain(index) and decord.VideoReader(os.path.abspath(index.path))
-        if not reader or len(reader) != len(index.ticks):
-            raise RuntimeError
-        for target in targets:
-            yield reader[target].asnumpy(), True  # get_batch would let the heap grow
-    except (decord.DECORDError, RuntimeError, StopIteration):
-        raise MediaError(f"decord would hang or err on {index.path}: read it with pyav") from None
+    with suppress(decord.DECORDError, RuntimeError, StopIteration):
+        reader = decord.VideoReader(os.path.abspath(index.path)) if _is_plain(index) else ()
+        if len(reader) == len(index.ticks):
+            for target in targets:
+                yield reader[target].asnumpy(), True  # get_batch would let the heap grow
+            return
+    raise MediaError(f"decord would hang or err on {index.path}: read it with pyav")
 
 
 def _is_plain(index: Index) -> bool:
