@@ -112,12 +112,9 @@ def _unpad(merged: Tensor, geometry: Geometry, rounded: bool) -> Tensor:
     height, width = geometry.height, geometry.width
     flat = width / height > wide / high
     kept = height * (wide / width) if flat else width * (high / height)
-    kept = int(round(kept, 7) if rounded else kept)
-    if flat:
-        margin = (high - kept) // 2
-        return merged[:, margin : high - margin]
-    margin = (wide - kept) // 2
-    return merged[:, :, margin : wide - margin]
+    axis, side = (1, high) if flat else (2, wide)
+    margin = (side - int(round(kept, 7) if rounded else kept)) // 2
+    return merged.narrow(axis, margin, side - 2 * margin)
 
 
 def _reduce(merged: Tensor, max_tiles: int | None, grid: int) -> Tensor:
