@@ -23,6 +23,7 @@ from ..vision.video import Clip, Reading
 
 HELD = 128  # frames that may wait; whole batches, so that waiting does not change features
 BATCH = 16  # frames in the tower at a time
+MARKER = "(<image>|<video>)"
 
 Message = dict[str, Any]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]  # label, total
@@ -103,7 +104,7 @@ class FrameBuffer:
     def __init__(self, model: VLM):
         size = model.config.media.size
         self.model, self.seconds = model, 0.0  # spent on encoding
-        self.places = torch.empty(HELD, size, size, 3, dtype=torch.uint8)  # filled again and again
+        self.pixels = torch.empty(HELD, size, size, 3, dtype=torch.uint8)  # filled again and again
         self.waiting = 0  # frames in them
         self.parts: list[Tensor] = []  # features [n, N, C] of those before
 
@@ -113,33 +114,31 @@ class FrameBuffer:
         for frame in frames:
             if self.waiting == HELD:
                 self.encode()
-            self.places[self.waiting] = torch.from_numpy(fit_frame(frame, self.model.config.media))
+            self.pixels[self.waiting] = torch.from_numpy(fit_frame(frame, self.model.config.media))
             self.waiting += 1
 
     @torch.inference_mode()
     def encode(self) -> None:
-        began, pixels = time.perf_counter(), self.places[: self.waiting]
+        began, pixels = time.perf_counter(), self.pixels[: self.waiting]
         self.parts += [self.model.features(some, pool=True) for some in pixels.split(BATCH)]
         self.waiting = 0
         self.seconds += time.perf_counter() - began
 
     def media(self, reading: Reading) -> Media:
         """The video whose frames were taken; some may stand in it more than once."""
-        config, places = self.model.config, reading.places
+        config, places, features = self.model.config, reading.places, None
         tokens = count_tokens_video(len(places), config.media, config.vision)
-        if not self.parts:
-            pixels = self.places.numpy()[places]
-            return Media("video", torch.from_numpy(pixels), None, tokens, reading.clip(pixels))
-        if self.waiting:
-            self.encode()
-        x, self.parts = torch.cat(self.parts), []
-        if len(places) > len(x):  # else no second copy of a long video
-            x = x[torch.tensor(places)]
-        with torch.inference_mode():
-            features = merge_video(x, config.media, self.model.image_newline)
-        none = np.empty((0, config.media.size, config.media.size, 3), dtype=np.uint8)
-        clip = reading.clip(none)
-        return Media("video", torch.from_numpy(none), None, tokens, clip, features)
+        pixels = self.pixels.numpy()[[] if self.parts else places]  # a copy
+        if self.parts:
+            if self.waiting:
+                self.encode()
+            x, self.parts = torch.cat(self.parts), []
+            if len(places) > len(x):  # else no second copy of a long video
+                x = x[torch.tensor(places)]
+            with torch.inference_mode():
+                features = merge_video(x, config.media, self.model.image_newline)
+        clip = reading.clip(pixels)
+        return Media("video", torch.from_numpy(pixels), None, tokens, clip, features)
 
 
 def as_list(media: Any) -> Sequence[Any]:
@@ -165,20 +164,17 @@ def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Me
     return head + messages
 
 
-def place_media(
-    messages: list[Message], images: int, videos: int
-) -> tuple[list[Message], list[str]]:
-    """Messages with content parts, and the kinds of their media in order.
+def place_media(messages: list[Message], images: int, videos: int) -> list[Message]:
+    """Messages with content parts: text, and a place for each medium.
 
     `<image>` and `<video>` in a user's text say where media go; a kind without any marker goes
     first in the first user message. Raises UsageError when markers and media do not match.
     """
     if not any(m["content"] for m in messages) and not images + videos:
         raise UsageError("the prompt is empty: give some text, a picture or a video")
-    counts = {"image": images, "video": videos}
     text = "".join(m["content"] for m in messages if m["role"] == "user")
     first: list[dict] = []
-    for kind, given in counts.items():
+    for kind, given in (("image", images), ("video", videos)):
         marked = text.count(f"<{kind}>")
         if marked == 0:
             first += [{"type": kind}] * given
@@ -192,41 +188,35 @@ def place_media(
         if message["role"] == "user":
             parts, first = first + split_markers(message["content"]), []
         placed.append({"role": message["role"], "content": parts})
-    kinds = [p["type"] for m in placed for p in m["content"] if p["type"] != "text"]
-    return placed, kinds
+    return placed
 
 
 def split_markers(text: str) -> list[dict]:
     """Content parts of a user's text. White space around media that come first is left to the
     template, which writes its own: "<image>\\nWhat?" and a picture with "What?" are the same."""
-    parts: list[dict] = []
-    for i, piece in enumerate(re.split(r"(<image>|<video>)", text)):
-        if all(part["type"] != "text" for part in parts):
-            piece = piece.lstrip() if i else piece
-        if i % 2:
-            parts.append({"type": piece[1:-1]})
-        elif piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+    text = re.sub(rf"^({MARKER}\s*)+", lambda found: "".join(found[0].split()), text)
+    pieces = enumerate(re.split(MARKER, text))
+    return [{"type": p[1:-1]} if i % 2 else {"type": "text", "text": p} for i, p in pieces if p]
 
 
 def build_inputs(chat: Chat, config: ModelConfig, messages: list[Message], images: list[Media],
                  videos: list[Media]) -> Inputs:  # fmt: skip
     """Token ids of the rendered messages with every medium's placeholder ids in its place."""
-    messages, kinds = place_media(messages, len(images), len(videos))
-    waiting = {"image": list(images), "video": list(videos)}
-    media = [waiting[kind].pop(0) for kind in kinds]
+    messages = place_media(messages, len(images), len(videos))
+    left = {"image": iter(images), "video": iter(videos)}
+    tokens = {"image": config.image_token, "video": config.video_token}
     ids: list[int] = []
     visual: list[bool] = []
-    left = iter(media)
+    media: list[Media] = []
     for run in chat.tokenize(messages):
         if isinstance(run, str):
-            token = config.image_token if run == "image" else config.video_token
-            run, is_visual = [token] * next(left).tokens, True
+            medium = next(left[run])
+            media.append(medium)
+            ids += [tokens[run]] * medium.tokens
+            visual += [True] * medium.tokens
         else:
-            is_visual = False
-        ids += run
-        visual += [is_visual] * len(run)
+            ids += run
+            visual += [False] * len(run)
     inputs = Inputs(torch.tensor(ids), torch.tensor(visual), media)
     inputs.warnings += [m.clip.warning for m in media if m.clip and m.clip.warning]
     check_length(inputs, config)
