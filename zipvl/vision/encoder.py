@@ -132,13 +132,13 @@ def projector(kind: str, vision_width: int, text_width: int, bias: bool) -> nn.S
     (LLaVA: multimodal_projector/builder.py). Raises ModelError for any other.
     """
     depth = re.fullmatch(r"mlp([1-9])x_gelu", kind)
-    if kind == "identity" and vision_width == text_width:
-        return nn.Sequential()
     if kind == "identity":
-        raise ModelError(
-            f"projector 'identity' cannot join tower width {vision_width} to decoder width "
-            f"{text_width}: check mm_projector_type in config.json"
-        )
+        if vision_width != text_width:
+            raise ModelError(
+                f"projector 'identity' cannot join tower width {vision_width} to decoder width "
+                f"{text_width}: check mm_projector_type in config.json"
+            )
+        return nn.Sequential()
     if kind != "linear" and depth is None:
         raise ModelError(
             f"projector {kind!r} is not supported (linear, mlp2x_gelu and the like, identity are): "

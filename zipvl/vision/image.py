@@ -153,11 +153,8 @@ def _square(image: Image.Image, media: MediaConfig) -> Image.Image:
 
 def _letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     """The picture as large as fits, in the middle of black (LLaVA: resize_and_pad_image)."""
-    x, y = width / image.width, height / image.height
-    if x < y:
-        w, h = width, min(math.ceil(image.height * x), height)
-    else:
-        w, h = min(math.ceil(image.width * y), width), height
+    scale = min(width / image.width, height / image.height)
+    w, h = min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)
     canvas = Image.new("RGB", (width, height))
     canvas.paste(image.resize((w, h), BICUBIC), ((width - w) // 2, (height - h) // 2))
     return canvas
