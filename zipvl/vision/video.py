@@ -73,7 +73,7 @@ class Reading:
 
     Frames come one by one as they are decoded, so that memory grows neither with the file's
     resolution nor its length. Threads over frames are fast but lose healthy frames next to a
-    damaged one: where frames show damage, a second attempt without threads gives all of them anew.
+    damaged one: where frames show damage, a second attempt without these gives all of them anew.
     `progress(1)` is called for each; an array counts as one frame a second; `reader`: see READERS.
 
     Raises MediaError for a source without usable frames, UsageError for impossible options; what
