@@ -102,7 +102,6 @@ class Attention(nn.Module):
         at = batch.spans.slices()[b]
 
         def score(rows: Tensor) -> Tensor:
-            lap("select")
             rows = rows.to(x.device)
             q = self.rotated(self.q_proj, x, batch, rows + at.start)  # 1 probe
             mass = probe_mass(q, k[at], rows)  # 2 score
