@@ -53,7 +53,7 @@ class PromptView:
         return len(self.x)
 
 
-class Heads:
+class LayerView:
     """What the views of a layer share."""
 
     k: Tensor  # [G, ., D]
@@ -64,7 +64,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class View(Heads):
+class View(LayerView):
     """What plan() may look at: one layer of one prompt, after RoPE. Read-only but for `notes`.
 
     What costs something is computed when it is asked for: a method that never reads `q`, `v` or
@@ -76,7 +76,7 @@ class View(Heads):
     positions: Tensor  # [T] place in the prompt; all of 0..T-1 unless tokens were dropped
     is_visual: Tensor  # [T] bool, image and video tokens
     notes: Notes
-    project_q: Callable[[], Tensor]
+    project_q: Callable[[], Tensor]  # the layer's, behind q, v and mass()
     project_v: Callable[[], Tensor]
     score: Callable[[Tensor], Tensor]
 
@@ -106,7 +106,7 @@ class View(Heads):
 
 
 @dataclass(frozen=True)
-class StepView(Heads):
+class StepView(LayerView):
     """What step() may look at: one layer of one sequence at a decode step, the newest token's key
     and value already in the cache. Read-only but for `notes`."""
 

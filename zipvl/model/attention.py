@@ -80,17 +80,17 @@ class Attention(nn.Module):
             lap("select")
         # 4 attend: among the tokens each plan names
         rows, spans = batch.rows([plan.attend for plan in plans])  # [sum K]
-        lean = store is None or all(plan.cache is plan.attend for plan in plans)
-        v = self.heads(self.v_proj(x[rows] if lean else x))  # [sum K, G, D] or [sum T, G, D]
+        kept_only = store is None or all(plan.cache is plan.attend for plan in plans)
+        v = self.heads(self.v_proj(x[rows] if kept_only else x))  # [sum K or sum T, G, D]
         lap("rest")
-        out = self.attend(x, k, v if lean else v[rows], batch, plans, rows, spans, kernel)
+        out = self.attend(x, k, v if kept_only else v[rows], batch, plans, rows, spans, kernel)
         lap("attend")
         # 5 compact: what a sequence keeps is copied, so that the prompt's k and v can be let go
         cache = None
         if store is not None:
-            k_at, v_at = batch.spans.slices(), (spans if lean else batch.spans).slices()
+            k_at, v_at = batch.spans.slices(), (spans if kept_only else batch.spans).slices()
             kept = [
-                Kept.of(plan, k[at], v[mine], batch.positions[at], lean)
+                Kept.of(plan, k[at], v[mine], batch.positions[at], kept_only)
                 for plan, at, mine in zip(plans, k_at, v_at, strict=True)
             ]
             cache = store(kept)
