@@ -6,16 +6,20 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zipvl
 from zipvl import MediaError, ModelError, OutOfMemory, UsageError
+from zipvl.engine import inputs as engine_inputs
 from zipvl.engine.engine import Engine
 from zipvl.model.cache import LayerCache
 from zipvl.model.vlm import VLM
@@ -395,6 +399,8 @@ def test_stats(engine: Engine, video: np.ndarray, method: str) -> None:
     assert set(stats.seconds) >= STAGES
     assert all(s >= 0 for s in stats.seconds.values())
     assert stats.seconds["video"] == inputs.seconds > 0
+    again = engine.generate(inputs, method=method, max_new_tokens=7, ignore_eos=True).stats
+    assert again.seconds["video"] == 0  # counted once
     assert stats.seconds["prefill"] >= sum(
         s for name, s in stats.seconds.items() if name.startswith("prefill_")
     )
@@ -610,3 +616,167 @@ def test_logits_of_dropped_tokens_are_nan(engine: Engine, video: np.ndarray) -> 
     assert gone.any()
     assert inputs.is_visual[gone].all()
     assert not gone[-1]
+
+
+# --- memory and time that nobody should pay ---------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dense", "zipvl:tau=0.8,always=last", "h2o:heavy=9,recent=9",
+                                    "zipvl-quant:tau=0.9,interval=3", "kivi:group=4,residual=8"])  # fmt: skip
+def test_caches_grow_while_decoding(
+    engine: Engine, video: np.ndarray, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places for new tokens come in steps; tokens are those of caches that had them all at once."""
+    asked = [engine.prepare("What? " * (b + 1), video=video) for b in range(3)]
+    options = {"method": method, "max_new_tokens": 23, "ignore_eos": True}
+    want = engine.generate(asked, **options)
+    stop = want[1].tokens[7]
+    some = with_stops(engine, stop).generate(asked, **options | {"ignore_eos": False})
+    monkeypatch.setattr("zipvl.engine.engine.ROOM", 4)
+    got = engine.generate(asked, **options)
+    assert [r.tokens for r in got] == [r.tokens for r in want]
+    left = with_stops(engine, stop).generate(asked, **options | {"ignore_eos": False})
+    assert [r.tokens for r in left] == [r.tokens for r in some]
+    if method == "dense":
+        assert got[0].stats.kv_bytes == got[0].stats.kv_bytes_dense < want[0].stats.kv_bytes
+
+
+def test_a_huge_answer_costs_nothing_before_it_comes(engine: Engine) -> None:
+    """10^9 tokens may come; two do."""
+    inputs = engine.prepare("What?")
+    stop = engine.generate(inputs, "dense", max_new_tokens=3, ignore_eos=True).tokens[2]
+    result = with_stops(engine, stop).generate(inputs, "dense", max_new_tokens=10**9)
+    assert result.finish_reason == "stop"
+    assert result.stats.kv_bytes < 2**24
+
+
+@torch.inference_mode()
+def test_sequences_that_stop_free_their_caches_at_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one leaves, one layer is held twice and no more; afterwards only the others' are held."""
+    alive: weakref.WeakSet[LayerCache] = weakref.WeakSet()
+    held, start = [], LayerCache.__init__
+
+    def spy(self: LayerCache, *args: object, **named: object) -> None:
+        start(self, *args, **named)
+        alive.add(self)
+        held.append(sum(cache.nbytes for cache in alive))
+
+    asked = [engine.prepare("What? " * n) for n in (40, 41, 42, 43)]
+    options = {"method": "dense", "max_new_tokens": 10, "temperature": 1.5}
+    free = engine.generate(asked, **options, ignore_eos=True)
+    stop = free[1].tokens[2]
+    steps, decode = [], type(engine.model.text).decode
+
+    def step(self: torch.nn.Module, *args: object) -> torch.Tensor:
+        steps.append(sum(cache.nbytes for cache in alive))
+        return decode(self, *args)
+
+    monkeypatch.setattr(LayerCache, "__init__", spy)
+    monkeypatch.setattr(type(engine.model.text), "decode", step)
+    with_stops(engine, stop).generate(asked, **options)
+    layers = engine.config.text.num_layers
+    whole = held[layers - 1]
+    assert len(held) > layers
+    assert max(held[layers:]) <= whole * (1 + 1 / layers)
+    assert steps[0] == whole > steps[-1]
+
+
+def test_the_prompt_is_let_go_when_it_is_prefilled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings do not live through the layers, nor hidden states through decoding."""
+    made: list[weakref.ref] = []
+    living: dict[str, list[bool]] = {"layer": [], "step": []}
+    text, decode = type(engine.model.text), type(engine.model.text).decode
+    embed, forward = type(engine.model).embed, type(engine.model.text.norm).forward
+    prefill = text.prefill
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if made and self is engine.model.text.layers[1].input_layernorm and len(x) > 1:
+            living["layer"].append(made[0]() is not None)
+        return forward(self, x)
+
+    def step(self: torch.nn.Module, *args: object) -> torch.Tensor:
+        living["step"].append(made[1]() is not None)
+        return decode(self, *args)
+
+    def filled(self: torch.nn.Module, *args: object) -> object:
+        out = prefill(self, *args)
+        note(out.hidden)
+        return out
+
+    inputs = engine.prepare("What? " * 30)
+    monkeypatch.setattr(type(engine.model), "embed", lambda *a: note(embed(*a)))
+    monkeypatch.setattr(type(engine.model.text.norm), "forward", norm)
+    engine.generate(inputs, max_new_tokens=1)
+    assert living["layer"] == [False]
+    monkeypatch.setattr(text, "prefill", filled)
+    monkeypatch.setattr(text, "decode", step)
+    made.clear()
+    engine.generate(inputs, max_new_tokens=3, ignore_eos=True)
+    assert living["step"] == [False, False]
+
+
+class Large(TorchDispatchMode):
+    """Sizes of the tensors made inside the block that have `least` bytes or more."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.nbytes >= self.least and not out._is_view():
+            self.sizes += [out.nbytes] * (out not in args if not args else out is not args[0])
+        return out
+
+
+def test_logits_take_the_memory_of_their_answer(engine: Engine) -> None:
+    inputs = engine.prepare("What? " * 300)
+    size = len(inputs) * engine.config.text.vocab_size * 4
+    with Large(size // 2) as large:
+        engine.logits(inputs)
+    assert large.sizes == [size]
+
+
+def test_three_questions_about_a_video_read_it_once(
+    engine: Engine, video: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, encoded = [], []
+    read, encode = engine_inputs.Reading, type(engine.model).encode
+    monkeypatch.setattr(engine_inputs, "Reading", lambda *a, **k: reads.append(1) or read(*a, **k))
+    monkeypatch.setattr(
+        type(engine.model), "encode", lambda *a, **k: encoded.append(1) or encode(*a, **k)
+    )
+    questions = ["What?", "Where is it now?", "Who?"]
+    options = {"max_new_tokens": 4, "ignore_eos": True}
+    together = engine.generate(questions, video=video, **options)
+    assert (len(reads), len(encoded)) == (1, 1)
+    alone = [engine.generate(q, video=video, **options) for q in questions]
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+
+
+def test_samples_of_one_prompt_differ_by_their_seeds(engine: Engine) -> None:
+    inputs = engine.prepare("What is it?")
+    options = {"max_new_tokens": 8, "temperature": 3.0, "ignore_eos": True}
+    many = [r.tokens for r in engine.generate([inputs] * 3, seed=[5, 6, 5], **options)]
+    assert many[0] == many[2] != many[1]
+    assert many[1] == engine.generate(inputs, seed=6, **options).tokens
+    with pytest.raises(UsageError, match="2 seeds for 3 prompts"):
+        engine.generate([inputs] * 3, seed=[1, 2], **options)
+
+
+@pytest.mark.parametrize("method", ["dense", "fastv:ratio=0.3"])
+def test_last_logits_are_the_last_rows(engine: Engine, video: np.ndarray, method: str) -> None:
+    inputs = engine.prepare("What happens here?", video=video)
+    whole = engine.logits(inputs, method)
+    for last in (1, 7, len(inputs), 10 * len(inputs)):
+        some = engine.logits(inputs, method, last=last)
+        torch.testing.assert_close(some, whole[-last:], equal_nan=True, rtol=1e-5, atol=1e-5)

@@ -31,7 +31,7 @@ CASES = [
     ("zipvl", {"tau": 0.8, "recent": 8, "random": 8}, {"tau": 1.0}),
     ("zipvl", {"tau": 0.01, "recent": 1, "random": 0, "always": "none"}, None),  # keeps one token
     ("zipvl", {"tau": 0.5, "always": "last", "divisor": "all", "fill": "own"}, None),
-    ("zipvl+", {"tau": 0.6, "always": "last"}, {"tau": 2.0}),
+    ("zipvl+", {"tau": 0.6, "always": "last"}, {"tau": 1.0}),
     ("fixed", {"ratio": 0.3, "always": "none"}, {"ratio": 1.0}),
     ("random", {"ratio": 0.3}, {"ratio": 1.0}),
     ("fastv", {"after": 1, "ratio": 0.3}, {"ratio": 1.0}),

@@ -40,6 +40,12 @@ class OutOfMemory(ZipvlError):
     code = 3
 
 
+DAMAGED = (  # what NaN and infinite numbers mean, and what helps
+    "are NaN or infinite: with float16 use --dtype bfloat16 or float32; with those, the weights "
+    "are damaged"
+)
+
+
 @contextmanager
 def memory_errors(device: "torch.device", doing: str, advice: str) -> Iterator[None]:
     """Turns an allocator's refusal while `doing` something into OutOfMemory with `advice`."""

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .errors import UsageError
+from .errors import DAMAGED, REFUSAL, ModelError, UsageError, ZipvlError
 
 FILLS = ("zero", "previous", "own")
 
@@ -96,8 +96,12 @@ class View(LayerView):
 
     def mass(self, rows: Tensor | None = None) -> Tensor:
         """[H, T] float32: the attention that each token receives from `rows` [P] (int64, sorted;
-        None: from all rows). Exact: the causal softmax of these rows, summed over them."""
-        return self.score(torch.arange(self.length) if rows is None else rows)
+        None: from all rows). Exact: the causal softmax of these rows, summed over them. Raises
+        ModelError where that is no number: who ranks tokens by it would choose blindly."""
+        mass = self.score(torch.arange(self.length) if rows is None else rows)
+        if not torch.isfinite(mass.sum()):
+            raise ModelError(f"the attention scores of layer {self.layer} {DAMAGED}")
+        return mass
 
     def seen(self, rows: Tensor) -> Tensor:
         """[T]: how many of the sorted `rows` [P] can see each token, the nnz of Eq. 7."""
@@ -197,6 +201,25 @@ class Policy:
     def plan(self, view: View) -> Plan:
         """Called once per layer and prompt."""
         return Plan()
+
+
+def ask(verb: Callable[[Any], Plan], view: PromptView | View | StepView) -> Plan:
+    """What a method's start(), plan() or step() answers. Raises UsageError that names a verb which
+    fails or gives no Plan: the method may be anybody's."""
+    try:
+        plan = verb(view)
+    except (ZipvlError, AssertionError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        if REFUSAL.search(str(e)):  # an allocator's, under another name
+            raise
+        raise UsageError(
+            f"{verb.__qualname__}() of the method fails with {type(e).__name__} ({e}): "
+            "zipvl.testing.check_policy shows why"
+        ) from e
+    if not isinstance(plan, Plan):
+        raise UsageError(f"{verb.__qualname__}() of the method gives {plan!r:.60}: return a Plan")
+    return plan
 
 
 def check(valid: bool, message: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import ModelError, UsageError, memory_errors
+from ..errors import DAMAGED, ModelError, UsageError, memory_errors
 from ..model.batch import Batch, join
 from ..model.cache import Cache
 from ..model.chat import Chat
@@ -46,6 +46,10 @@ from .stats import (
     restart_peak,
 )
 
+ROOM = (
+    256  # new tokens that caches have places for at first, and so many more whenever they are full
+)
+LOGIT_ROWS = 128  # rows of logits at a time
 CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
 
 
@@ -144,26 +148,40 @@ class Engine:
     @torch.inference_mode()
     def logits(self, inputs: Inputs | str, method: str | Policy = "dense",
                images: Sequence[ImageSource] = (),
-               video: VideoSource | None = None) -> Tensor:  # fmt: skip
-        """float32 [T, V] at every position; NaN where the token left the stream (FastV)."""
+               video: VideoSource | Sequence[VideoSource] | None = None,
+               last: int | None = None) -> Tensor:  # fmt: skip
+        """float32 [T, V] at every position, or at the `last` ones only; NaN where the token left
+        the stream (FastV). Takes little more memory than its answer."""
         inputs = self.prepared(inputs, images, video)
         policy = load_policy(method)
         notes = self.take_notes([inputs], policy, 1)
         out = self.prefill([inputs], policy, None, {}, notes)
-        logits = self.model.logits(out.hidden)
-        full = logits.new_full((len(inputs), logits.shape[1]), torch.nan)
-        return full.index_copy(0, out.batch.positions, logits)
+        first = max(0, len(inputs) - (len(inputs) if last is None else last))
+        rows = (out.batch.positions >= first).nonzero()[:, 0]
+        shape, device = (len(inputs) - first, self.config.text.vocab_size), rows.device
+        logits = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
+        for some in rows.split(LOGIT_ROWS):
+            logits[out.batch.positions[some] - first] = self.model.logits(out.hidden[some])
+        return logits
 
     def generate(self, inputs: Inputs | str | Sequence[Inputs | str],
                  method: str | Policy = "zipvl", max_new_tokens: int = 256,
-                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
-                 ignore_eos: bool = False, images: Sequence[ImageSource] = (),
-                 video: VideoSource | None = None,
+                 temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+                 seed: int | Sequence[int] = 0, ignore_eos: bool = False,
+                 images: Sequence[ImageSource] = (),
+                 video: VideoSource | Sequence[VideoSource] | None = None,
                  ) -> Result | list[Result]:  # fmt: skip
-        """The answer to one prompt, or the list of answers to a batch, each as if asked alone."""
-        alone = isinstance(inputs, Inputs | str)
-        asked = [inputs] if isinstance(inputs, Inputs | str) else inputs
-        batch = [self.prepared(i, images, video) for i in asked]
+        """The answer to one prompt, or the list of answers to a batch, each as if asked alone.
+
+        `images` and `video` belong to every prompt that is text, and are read once. `seed`: one, or
+        one for each prompt. Raises MediaError, UsageError, ModelError, OutOfMemory.
+        """
+        alone, batch = isinstance(inputs, Inputs | str), []
+        for asked in [inputs] if isinstance(inputs, Inputs | str) else inputs:
+            batch.append(self.prepared(asked, images, video))
+            if isinstance(asked, str):
+                images = [m for m in batch[-1].media if m.kind == "image"]
+                video = [m for m in batch[-1].media if m.kind == "video"]
         run = Run(self, batch, load_policy(method), Sampling(temperature, top_p, top_k, seed))
         for _ in run.steps(max_new_tokens, ignore_eos) if batch else ():
             pass
@@ -174,7 +192,8 @@ class Engine:
                max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
                top_k: int = 0, seed: int = 0, ignore_eos: bool = False,
                images: Sequence[ImageSource] = (),
-               video: VideoSource | None = None) -> Iterator[Piece]:  # fmt: skip
+               video: VideoSource | Sequence[VideoSource] | None = None,
+               ) -> Iterator[Piece]:  # fmt: skip
         """Pieces of the answer as they are made; the last carries the Result."""
         inputs = self.prepared(inputs, images, video)
         run = Run(self, [inputs], load_policy(method), Sampling(temperature, top_p, top_k, seed))
@@ -184,13 +203,13 @@ class Engine:
         yield Piece(text.flush(), None, run.result(0))
 
     def prepared(self, inputs: Inputs | str, images: Sequence[ImageSource],
-                 video: VideoSource | None) -> Inputs:  # fmt: skip
+                 video: VideoSource | Sequence[VideoSource] | None) -> Inputs:  # fmt: skip
         """`inputs`, or a prompt and its media prepared. Raises UsageError for anything else."""
         if isinstance(inputs, str):
             return self.prepare(inputs, images, video)
         if not isinstance(inputs, Inputs):
             raise UsageError(f"inputs is a {type(inputs).__name__}: give text or prepared inputs")
-        if as_list(images) or video is not None:
+        if as_list(images) or as_list(video):
             raise UsageError("these inputs are prepared: give pictures and videos to prepare()")
         return inputs
 
@@ -222,19 +241,29 @@ class Engine:
             features = [self.encode(i) for i in inputs]
             clock.lap("vision")
             with self.progress("prefill layers", self.config.text.num_layers) as step:
-                ids = [(i.input_ids.to(device), i.is_visual.to(device)) for i in inputs]
-                x = join([model.embed(*i, f) for i, f in zip(ids, features, strict=True)])
-                positions = join([torch.arange(n, device=device) for n in lengths])
-                visual = join([v for _, v in ids])
+                places = join([torch.arange(n, device=device) for n in lengths])
+                visual = join([i.is_visual.to(device) for i in inputs])
                 notes = notes or [Notes(n, room or 0) for n in lengths]
                 text, dtype = self.config.text, model.dtype
-                batch = Batch.build(lengths, positions, visual, text, dtype, notes)
+                batch = Batch.build(lengths, places, visual, text, dtype, notes)
                 recorder = Recorder(device, step)
-                out = model.text.prefill(x, batch, policy, self.attend, room, self.chunk, recorder)
+                out = model.text.prefill(  # the embeddings are its own, to be let go in layer 0
+                    self.embed(inputs, features), batch, policy, self.attend, room, self.chunk,
+                    recorder,
+                )  # fmt: skip
             clock.lap("prefill")
         seconds |= clock.pop()
-        seconds["vision"] += sum(i.vision_seconds for i in inputs)
         return recorder.counted(out)
+
+    def embed(self, inputs: list[Inputs], features: list[list[Tensor]]) -> Tensor:
+        """Embeddings [sum T, C] of packed prompts. Raises ModelError where they are no numbers."""
+        device, both = self.model.device, zip(inputs, features, strict=True)
+        x = join(
+            [self.model.embed(i.input_ids.to(device), i.is_visual.to(device), f) for i, f in both]
+        )
+        if not torch.isfinite(torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)):
+            raise ModelError(f"the vision features or embeddings {DAMAGED}")
+        return x
 
     def take_notes(self, inputs: list[Inputs], policy: Policy, new: int) -> list[Notes]:
         """Notes for each prompt: fresh ones, or what the method's scout wrote while it answered."""
@@ -254,7 +283,7 @@ class Run:
         self.engine, self.inputs, self.policy, self.sampling = engine, inputs, policy, sampling
         self.tokens: list[list[int]] = [[] for _ in inputs]
         self.reasons = ["length"] * len(inputs)
-        self.seconds: dict[str, float] = {"video": sum(i.seconds for i in inputs)}
+        self.seconds: dict[str, float] = {"video": 0.0}
         self.layers: list[LayerStats] = []
         self.notes: list[Notes] = []
         self.room = 0  # new tokens the caches have places for
@@ -270,26 +299,28 @@ class Run:
         engine.step.check(self.policy)
         # 2 prefill: all prompts at once
         restart_peak(model.device)
-        self.room, clock = max_new_tokens, Clock(model.device)
+        clock, generators = Clock(model.device), self.sampling.generators(len(self.inputs))
+        self.room = min(max_new_tokens, ROOM)
         self.notes = engine.take_notes(self.inputs, self.policy, max_new_tokens)
         if self.policy.scout is not None:
             clock.lap("scout")
-        out = engine.prefill(self.inputs, self.policy, max_new_tokens, self.seconds, self.notes)
+        out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes)
+        for inputs in self.inputs:  # what preparing took is part of its first run
+            if not inputs.reported:
+                self.seconds["video"] += inputs.seconds
+                self.seconds["vision"] += inputs.vision_seconds
+                inputs.reported = True
         self.layers, caches = out.layers, out.caches
         logits = self.first_logits(out.hidden, out.batch)
         del out  # as long as the prompts
         # 3 decode: choose a token each, let those that stop leave, run the others one step on
         decode = engine.step(model, caches, self.notes, self.policy, engine.attend)
-        generators = [self.sampling.generator() for _ in self.inputs]
         stops = frozenset() if ignore_eos else engine.chat.stop_ids
         live = list(range(len(self.inputs)))
         for step in range(max_new_tokens):
             clock.start()
             logits[:, engine.chat.vocab_size :] = -torch.inf  # rows of padding, not tokens
-            new = [
-                self.sampling.choose(row, generators[b])
-                for b, row in zip(live, logits, strict=True)
-            ]
+            new = self.sampling.choose(logits, [generators[b] for b in live])
             clock.lap("decode")
             stay = [i for i, token in enumerate(new) if token not in stops]
             for b in set(live) - {live[i] for i in stay}:
@@ -304,9 +335,12 @@ class Run:
             advice = "ask for fewer --max-new-tokens, or use fewer --frames"
             clock.start()
             with memory_errors(model.device, "decoding", advice):
-                if kept != live:
-                    caches, live = [cache.drop(stay) for cache in caches], kept
-                    notes = [self.notes[b] for b in live]
+                full = min(cache.spans.free() for cache in caches) == 0
+                if kept != live or full:  # a layer at a time, so that little is held twice
+                    room = min(ROOM, max_new_tokens - step) if full else None
+                    for i, cache in enumerate(caches):
+                        caches[i] = cache.drop(stay, room)
+                    live, notes = kept, [self.notes[b] for b in kept]
                     decode = engine.step(model, caches, notes, self.policy, engine.attend)
                 ids = torch.tensor(new, device=model.device)
                 at = [len(self.inputs[b]) + step for b in live]
@@ -333,10 +367,7 @@ class Run:
             )
         logits = self.engine.model.logits(hidden[ends])
         if not torch.isfinite(logits).all():
-            raise ModelError(
-                "the model's first logits are NaN or infinite: with float16 use --dtype bfloat16 "
-                "or float32; with those, the weights are damaged"
-            )
+            raise ModelError(f"the model's first logits {DAMAGED}")
         return logits
 
     def result(self, sequence: int) -> Result:

@@ -55,6 +55,7 @@ class Inputs:
     seconds: float = 0.0  # spent on reading and resizing media
     vision_seconds: float = 0.0  # spent on encoding frames meanwhile
     warnings: list[str] = field(default_factory=list)
+    reported: bool = False  # whether a run has counted these seconds
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -1,5 +1,6 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p."""
+"""From logits to the next tokens: greedy, temperature, top-k, top-p, for a batch where it lies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,15 +8,19 @@ from torch import Tensor
 
 from ..errors import UsageError
 
+NUCLEUS = 1024  # tokens that top_p looks at first: nearly always enough, and no sort of them all
+COLDEST = 1e-30  # a smaller temperature is the same as this in float32
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+    """How tokens are chosen. Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in.
+    `seed` is one for all sequences of a batch, each as if it were alone, or one for each."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    seed: int = 0
+    seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -24,23 +29,45 @@ class Sampling:
             raise UsageError(f"top_p is {self.top_p}: give a share above 0 and up to 1")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}: give 0 (off) or more")
-        if not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"seed is {self.seed}: give a whole number of at most 63 bits")
+        for seed in [self.seed] if isinstance(self.seed, int) else self.seed:
+            if not -(2**63) <= seed < 2**63:
+                raise UsageError(f"seed is {seed}: give a whole number of at most 63 bits")
 
-    def generator(self) -> torch.Generator:
+    def generators(self, count: int) -> list[torch.Generator]:
         """One a sequence, on the CPU: the same seed draws the same tokens on every device."""
-        return torch.Generator().manual_seed(self.seed)
+        seeds = [self.seed] * count if isinstance(self.seed, int) else self.seed
+        if len(seeds) != count:
+            raise UsageError(f"{len(seeds)} seeds for {count} prompts: give one, or one for each")
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token from float32 logits [V]."""
+    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """The next token of each sequence from float32 logits [B, V]; one draw a generator."""
         if self.temperature == 0:
-            return int(logits.argmax())
-        values, order = logits.cpu().sort(descending=True)
-        if self.top_k:
-            values = values[: self.top_k]
-        # float64 and the largest logit first at 0, so that no temperature is too small
-        probs = ((values.double() - values[0]) / self.temperature).softmax(0)
-        if self.top_p < 1:
-            before = probs.cumsum(0) - probs  # mass of the likelier tokens; the first is always in
-            probs = probs.masked_fill(before >= self.top_p, 0)
-        return int(order[torch.multinomial(probs, 1, generator=generator)])
+            return logits.argmax(-1).tolist()
+        drawn = [torch.rand(1, dtype=torch.float64, generator=g) for g in generators]
+        tokens, weights = self.support(logits.cpu() if logits.device.type == "mps" else logits)
+        reach = weights.cumsum(-1, dtype=torch.float64)  # [B, n]
+        share = torch.stack(drawn).to(reach.device) * reach[:, -1:]
+        place = torch.searchsorted(reach, share, right=True).clamp(max=reach.shape[1] - 1)
+        return (place if tokens is None else tokens.gather(-1, place))[:, 0].tolist()
+
+    def support(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Tokens [B, n] that may be drawn, None: all in order, and their weights [B, n]: float64
+        and the likeliest first, where top_k or top_p left some out; 0 where it may not be drawn."""
+        heat, V = max(self.temperature, COLDEST), logits.shape[-1]
+        best = logits.amax(-1, keepdim=True)
+        if not self.top_k and self.top_p == 1:
+            return None, ((logits - best) / heat).exp_()
+        n, few = min(self.top_k or NUCLEUS, V), bool(self.top_k) or V <= NUCLEUS
+        while True:
+            values, tokens = logits.topk(n)
+            weights = ((values.double() - best) / heat).exp_()
+            if self.top_p == 1:
+                return tokens, weights
+            total = weights.sum(-1, keepdim=True)
+            if not few:
+                total = ((logits - best) / heat).exp_().sum(-1, keepdim=True, dtype=torch.float64)
+            before = (weights.cumsum(-1) - weights) / total  # of the likelier ones; the first is in
+            if few or n == V or bool((before[:, -1] >= self.top_p).all()):
+                return tokens, weights.masked_fill_(before >= self.top_p, 0)
+            n = min(4 * n, V)

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..linear import Linear
-from ..policy import Plan, Policy, StepView, View
+from ..policy import Plan, Policy, StepView, View, ask
 from .batch import Batch, Rotate, Spans
-from .cache import Cache, Kept, Store
+from .cache import Cache, Kept
 from .kernels import Attend, attend_kept, attend_step
 
 Rows = Tensor | slice
+Store = Callable[[list[Kept]], Cache]  # builds a layer's cache of what its sequences keep
 Lap = Callable[[str], None]  # told what the time since the last call went into
 SCORE_BYTES = 64 << 20  # one block of probe rows x heads x tokens in float32
 
@@ -76,7 +77,7 @@ class Attention(nn.Module):
         # 1 probe, 2 score and 3 select: the policy looks and plans, a sequence at a time
         plans = []
         for b in range(len(batch.spans)):
-            plans.append(policy.plan(self.view(x, k, batch, b, lap)))
+            plans.append(ask(policy.plan, self.view(x, k, batch, b, lap)))
             lap("select")
         # 4 attend: among the tokens each plan names
         rows, spans = batch.rows([plan.attend for plan in plans])  # [sum K]
@@ -160,7 +161,7 @@ class Attention(nn.Module):
             o = kernel(q, k, v, batch.spans, spans)
         else:
             views = self.step_views(q, k, v, batch, cache)
-            plans = [policy.step(view) for view in views]
+            plans = [ask(policy.step, view) for view in views]
             if any(p.attend is not None or w.mass_known for p, w in zip(plans, views, strict=True)):
                 both = zip(views, plans, strict=True)
                 o = torch.stack([attend_step(view, plan.attend) for view, plan in both])

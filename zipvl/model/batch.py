@@ -5,6 +5,7 @@ Positions are a token's place in the whole prompt. They never come from the leng
 tokens were dropped the two differ, and every later token would be turned by a wrong angle.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +31,11 @@ class Spans:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def free(self, sequences: Iterable[int] | None = None) -> int:
+        """Places that every one of these sequences (None: of all) has left."""
+        chosen = range(len(self)) if sequences is None else sequences
+        return min(self.capacity[i] - self.lengths[i] for i in chosen)
 
     def slices(self) -> list[slice]:
         return [slice(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]

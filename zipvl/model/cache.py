@@ -52,7 +52,7 @@ class Cache(Protocol):
     def due(self, sequence: int) -> int: ...
     def apply(self, plans: Sequence[Plan]) -> None: ...
     def view(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]: ...
-    def drop(self, keep: list[int]) -> "Cache": ...
+    def drop(self, keep: list[int], room: int | None = None) -> "Cache": ...
     def trim(self, slots: Sequence[Tensor | None]) -> "Cache": ...
     def sequence_bytes(self) -> list[int]: ...
     @property
@@ -121,10 +121,10 @@ class LayerCache:
         """The tokens in `slots` of a sequence, None: all."""
         return Kept(*(select(t, slots) for t in self.view(sequence)))
 
-    def drop(self, keep: list[int]) -> "LayerCache":
-        """The cache of the sequences in `keep`, when others have finished."""
-        free = min(self.spans.capacity[i] - self.spans.lengths[i] for i in keep)
-        return LayerCache([self.chosen(i, None) for i in keep], free)
+    def drop(self, keep: list[int], room: int | None = None) -> "LayerCache":
+        """The cache of the sequences in `keep`, with `room` for new tokens; None: what is left."""
+        room = self.spans.free(keep) if room is None else room
+        return LayerCache([self.chosen(i, None) for i in keep], room)
 
     def trim(self, slots: Sequence[Tensor | None]) -> "LayerCache":
         """The cache of these slots of each sequence, None: all; the others' memory is freed."""

@@ -12,7 +12,7 @@ A method names a KVFormat as its `storage`: zipcache() and kivi() make the publi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -138,6 +138,14 @@ class Column:
         self.tail[self.waiting : self.waiting + len(x)] = x
         self.waiting += len(x)
 
+    def make_room(self, room: int) -> None:
+        """The tail gets as many places as `room` more tokens can need."""
+        places = min(self.side.block + self.side.hold, self.waiting + room)
+        if places > len(self.tail):
+            tail = self.tail.new_empty(places, *self.tail.shape[1:])
+            tail[: self.waiting] = self.tail[: self.waiting]
+            self.tail = tail
+
     def release(self, count: int, sets: Sets) -> None:
         """The oldest `count` tokens of the tail are quantised."""
         self.store(self.tail[:count], sets)
@@ -205,6 +213,13 @@ class Stored:
 
     def tensors(self) -> list[Tensor]:
         return self.keys.tensors() + self.values.tensors()
+
+    def roomier(self, length: int, room: int) -> "Stored":
+        """The same `length` tokens with places for `room` more."""
+        for column in (self.keys, self.values):
+            column.make_room(room)
+        free = self.positions.new_full((room, *self.positions.shape[1:]), -1)
+        return replace(self, positions=torch.cat((self.positions[:length], free)))
 
 
 class QuantCache:
@@ -285,9 +300,11 @@ class QuantCache:
             self.refuse()
         return self
 
-    def drop(self, keep: list[int]) -> "QuantCache":
-        free = min(self.spans.capacity[i] - self.spans.lengths[i] for i in keep)
+    def drop(self, keep: list[int], room: int | None = None) -> "QuantCache":
         lengths, stored = [self.spans.lengths[i] for i in keep], [self.stored[i] for i in keep]
+        free = self.spans.free(keep) if room is None else room
+        if room is not None:
+            stored = [one.roomier(n, room) for one, n in zip(stored, lengths, strict=True)]
         return QuantCache(self.form, stored, lengths, free, self.scratch)
 
     def sequence_bytes(self) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..linear import Linear, SwiGLU
-from ..policy import Notes, Plan, Policy, PromptView
+from ..policy import Notes, Plan, Policy, PromptView, ask
 from .attention import Attention
 from .batch import Batch, join
 from .cache import Cache, store_as
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
 def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan]) -> tuple[Tensor, Batch]:
     """The rows and the batch of those tokens that start() lets into the model."""
     some = zip(batch.spans.slices(), batch.notes, strict=True)
-    plans = [start(PromptView(x[at], batch.is_visual[at], notes)) for at, notes in some]
+    plans = [ask(start, PromptView(x[at], batch.is_visual[at], notes)) for at, notes in some]
     rows, spans = batch.rows([plan.stream for plan in plans])
     return x[rows], batch.take(rows, spans)
 

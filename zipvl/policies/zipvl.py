@@ -130,7 +130,10 @@ class ZipVL(Selection):
     tau: float = 0.975
 
     def __post_init__(self) -> None:
-        check(self.tau > 0, f"tau is {self.tau}: give a share of the attention mass above 0")
+        check(
+            0 < self.tau <= 1,
+            f"tau is {self.tau}: give a share of the attention mass, above 0 and up to 1",
+        )
         super().__post_init__()
 
     def keeps_all(self) -> bool:
