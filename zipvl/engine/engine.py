@@ -338,8 +338,8 @@ class Run:
                 full = min(cache.spans.free() for cache in caches) == 0
                 if kept != live or full:  # a layer at a time, so that little is held twice
                     room = min(ROOM, max_new_tokens - step) if full else None
-                    for i, cache in enumerate(caches):
-                        caches[i] = cache.drop(stay, room)
+                    for i in range(len(caches)):
+                        caches[i] = caches[i].drop(stay, room)
                     live, notes = kept, [self.notes[b] for b in kept]
                     decode = engine.step(model, caches, notes, self.policy, engine.attend)
                 ids = torch.tensor(new, device=model.device)
