@@ -18,8 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 import zipvl
+from zipvl.config import TextConfig
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
+from zipvl.model.batch import rope_table
+from zipvl.model.decoder import Decoder
 from zipvl.policy import Policy
 from zipvl.vision.image import normalise
 
@@ -281,3 +284,52 @@ def test_oracle_ids_are_those_of_the_processors(oracle: Callable, kind: str, cas
     asked = ask(kind, CASES[case])
     found = processor(text=asked.text, images=asked.images, return_tensors="pt")["input_ids"][0]
     assert hf.input_ids(asked.text, asked.images).tolist() == found.tolist()
+
+
+# --- long prompts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [None, 2.0, 3.7])
+@pytest.mark.parametrize(("theta", "D"), [(1e4, 128), (1e6, 64), (1e6, 128), (5e5, 80), (1e9, 16)])
+def test_angles_are_those_of_hugging_face(theta: float, D: int, factor: float | None) -> None:
+    """To the last bit, at any position, linear scaling included."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "default", "rope_theta": theta}
+    if factor:
+        rope |= {"rope_type": "linear", "factor": factor}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=4 * D, num_attention_heads=4, head_dim=D, rope_parameters=rope,
+        max_position_embeddings=1 << 20,
+    ))  # fmt: skip
+    positions = torch.cat((torch.arange(4000), torch.randint(1 << 20, (4000,))))
+    want = theirs(torch.empty(0), positions[None])
+    config = TextConfig("llama", 9, 4 * D, 9, 1, 4, 4, D, 1e-6, theta, factor or 1.0)
+    for got, full in zip(rope_table(positions, config, torch.float32), want, strict=True):
+        assert torch.equal(got[:, 0], full[0, :, : D // 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [None, 4.0])
+@torch.inference_mode()
+def test_logits_of_16000_tokens(factor: float | None) -> None:
+    """A random decoder of Qwen2's kind; every position, and no drift with the length."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    if factor:
+        rope |= {"rope_type": "linear", "factor": factor}
+    torch.manual_seed(5)
+    theirs = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope,
+        max_position_embeddings=32768, tie_word_embeddings=False,
+    )).eval()  # fmt: skip
+    ours = Decoder(TextConfig("qwen2", 97, 64, 96, 3, 4, 2, 16, 1e-6, 1e6, factor or 1.0, True))
+    ours.load_state_dict(theirs.model.state_dict())
+    ids = torch.randint(97, (16_000,))
+    want = theirs(ids[None]).logits[0]
+    got = theirs.lm_head(ours.eval()(ours.embed_tokens(ids), [16_000]))
+    close(got, want, 1e-4)
+    assert (got - want)[-1000:].abs().max() < 4 * (got - want)[:1000].abs().max() + 1e-6

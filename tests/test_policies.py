@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import zipvl
+from zipvl import ModelError
 from zipvl.policies import METHODS, load_policy
 from zipvl.policies.fastv import FastV
 from zipvl.policies.h2o import H2O
@@ -481,3 +482,92 @@ def test_tau_one_is_dense_bit_for_bit(oracle: Callable, kind: str) -> None:
     ]
     assert runs[0] == runs[1]
     assert len(runs[0]) == 64
+
+
+# --- no method answers about nothing ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictured(oracle: Callable) -> tuple:
+    """A float32 engine, and one prompt with a picture."""
+    from PIL import Image
+
+    engine = zipvl.load(oracle("llava").folder, device="cpu", dtype="float32")
+    pixels = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    return engine, engine.prepare("what is there", images=[Image.fromarray(pixels)])
+
+
+SMALL = {"streaming": ":sinks=1,window=9", "h2o": ":heavy=4,recent=4", "snapkv": ":budget=12,window=4",
+         "zipvl": ":tau=0.5", "fixed": ":ratio=0.1", "random": ":ratio=0.1"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_feature_is_an_error_with_every_method(
+    pictured: tuple, name: str, bad: float
+) -> None:
+    engine, inputs = pictured
+    [medium] = inputs.media
+    engine.encode(inputs)
+    medium.features, healthy = medium.features.clone(), medium.features
+    try:
+        medium.features[len(healthy) // 2, 3] = bad
+        for ask in (engine.generate, engine.logits):
+            with pytest.raises(
+                ModelError, match="vision features or embeddings are NaN or infinite"
+            ):
+                ask(inputs, name + SMALL.get(name, ""))
+    finally:
+        medium.features = healthy
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_number_that_overflows_in_a_layer_is_one_too(
+    pictured: tuple, name: str, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One visual token's hidden state becomes infinite: no method may just leave it out."""
+    engine, inputs = pictured
+    block, row = engine.model.text.layers[layer], int(inputs.is_visual.nonzero()[4])
+    plain = block.feed_forward
+
+    def overflow(x: Tensor) -> Tensor:
+        x = plain(x)
+        if len(x) > row:
+            x[row] = torch.inf
+        return x
+
+    monkeypatch.setattr(block, "feed_forward", overflow)
+    with pytest.raises(ModelError, match="are NaN or infinite: with float16 use"):
+        engine.generate(inputs, name + SMALL.get(name, ""), max_new_tokens=2)
+
+
+class Returns(Policy):
+    def __init__(self, what: object = 3, verb: str = "plan"):
+        self.what = what
+        setattr(self, verb, self.answer)
+
+    def answer(self, view: object) -> object:
+        if isinstance(self.what, Exception):
+            raise self.what
+        return self.what
+
+
+@pytest.mark.parametrize("verb", ["plan", "step", "start"])
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [(3, "gives 3: return a Plan"), (None, "gives None: return a Plan"),
+     (KeyError("x"), "fails with KeyError"), (RuntimeError("shapes"), "fails with RuntimeError")],
+)  # fmt: skip
+def test_a_broken_method_is_named(pictured: tuple, verb: str, what: object, says: str) -> None:
+    engine, inputs = pictured
+    with pytest.raises(zipvl.UsageError, match=r"Returns.answer\(\) of the method " + says):
+        engine.generate(inputs, Returns(what, verb), max_new_tokens=3)
+
+
+def test_what_is_no_methods_fault_passes(pictured: tuple) -> None:
+    engine, inputs = pictured
+    with pytest.raises(zipvl.OutOfMemory):
+        engine.generate(inputs, Returns(RuntimeError("DefaultCPUAllocator: not enough memory")))
+    with pytest.raises(zipvl.UsageError, match="my own words"):
+        engine.generate(inputs, Returns(zipvl.UsageError("my own words")))

@@ -261,7 +261,7 @@ class Engine:
         x = join(
             [self.model.embed(i.input_ids.to(device), i.is_visual.to(device), f) for i, f in both]
         )
-        if not torch.isfinite(torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32)):
+        if not is_finite(x):
             raise ModelError(f"the vision features or embeddings {DAMAGED}")
         return x
 
@@ -366,8 +366,9 @@ class Run:
                 "the method dropped the prompt's last token, which makes the first answer token"
             )
         logits = self.engine.model.logits(hidden[ends])
-        if not torch.isfinite(logits).all():
-            raise ModelError(f"the model's first logits {DAMAGED}")
+        for name, x in (("first logits", logits), ("hidden states", hidden)):
+            if not is_finite(x):  # hidden states of all tokens: none may have been left out blindly
+                raise ModelError(f"the model's {name} {DAMAGED}")
         return logits
 
     def result(self, sequence: int) -> Result:
@@ -400,3 +401,8 @@ class Run:
                 ],
             ),
         )  # fmt: skip
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor infinity, without a tensor of its size."""
+    return bool(torch.isfinite(torch.linalg.vector_norm(x.flatten(), torch.inf)))

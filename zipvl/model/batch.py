@@ -102,10 +102,12 @@ def join(parts: list[Tensor]) -> Tensor:
 def rope_table(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, D/2] for `positions` [T], computed in float32, cast to `dtype`.
 
-    Linear scaling divides the frequencies, as transformers' `rope_type: linear` does.
+    In the order in which transformers does it (modeling_rope_utils.py), so that its angles come out
+    to the last bit; linear scaling divides the frequencies.
     """
     steps = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[:, None, None].float() / config.rope_theta**steps / config.rope_factor
+    frequencies = 1.0 / config.rope_theta**steps / config.rope_factor
+    angles = positions[:, None, None].float() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
