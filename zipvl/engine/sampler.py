@@ -57,16 +57,16 @@ class Sampling:
         heat, V = max(self.temperature, COLDEST), logits.shape[-1]
         best = logits.amax(-1, keepdim=True)
         if not self.top_k and self.top_p == 1:
-            return None, ((logits - best) / heat).exp_()
+            return None, logits.sub(best).div_(heat).exp_()
         n, few = min(self.top_k or NUCLEUS, V), bool(self.top_k) or V <= NUCLEUS
         while True:
             values, tokens = logits.topk(n)
-            weights = ((values.double() - best) / heat).exp_()
+            weights = values.double().sub_(best).div_(heat).exp_()
             if self.top_p == 1:
                 return tokens, weights
             total = weights.sum(-1, keepdim=True)
             if not few:
-                total = ((logits - best) / heat).exp_().sum(-1, keepdim=True, dtype=torch.float64)
+                total = logits.sub(best).div_(heat).exp_().sum(-1, keepdim=True).double()
             before = (weights.cumsum(-1) - weights) / total  # of the likelier ones; the first is in
             if few or n == V or bool((before[:, -1] >= self.top_p).all()):
                 return tokens, weights.masked_fill_(before >= self.top_p, 0)
