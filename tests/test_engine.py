@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -18,7 +19,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zipvl
-from zipvl import MediaError, ModelError, OutOfMemory, UsageError
+from zipvl import MediaError, ModelError, OutOfMemory, UsageError, errors
 from zipvl.engine import inputs as engine_inputs
 from zipvl.engine.engine import Engine
 from zipvl.model.cache import LayerCache
@@ -780,3 +781,57 @@ def test_last_logits_are_the_last_rows(engine: Engine, video: np.ndarray, method
     for last in (1, 7, len(inputs), 10 * len(inputs)):
         some = engine.logits(inputs, method, last=last)
         torch.testing.assert_close(some, whole[-last:], equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_process_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least of what the machine, a control group of either version, and the process allow."""
+    files = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    8000 kB\n",
+        "/proc/self/cgroup": "4:memory:/box/7\n0::/scope\n",
+        "/proc/self/statm": "10 1 1",
+    }
+    monkeypatch.setattr(errors, "read", lambda path: files[path])
+    monkeypatch.setattr("resource.getrlimit", lambda _: (-1, -1))
+    assert errors.available() == 8000 * 1024
+    v2 = "/sys/fs/cgroup/scope/memory."
+    files |= {v2 + "max": "max", v2 + "current": "1000", v2 + "stat": "anon 5\ninactive_file 400\n"}
+    assert errors.available() == 8000 * 1024
+    files[v2 + "max"] = "7000"
+    assert errors.available() == 7000 - 1000 + 400
+    v1 = "/sys/fs/cgroup/memory/box/7/memory."
+    files |= {v1 + "limit_in_bytes": "5000", v1 + "usage_in_bytes": "4000",
+              v1 + "stat": "inactive_file 1\ntotal_inactive_file 10\n"}  # fmt: skip
+    assert errors.available() == 1010
+    page = os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr("resource.getrlimit", lambda _: (10 * page + 77, -1))
+    assert errors.available() == 77
+    files.clear()
+    assert errors.available() == sys.maxsize
+
+
+def test_too_little_memory_is_told_before_it_is_taken(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = engine.prepare("What? " * 200)
+    monkeypatch.setattr(errors, "available", lambda: 1000)
+    with pytest.raises(OutOfMemory, match=r"before prefilling .* GiB are free.*fewer --frames"):
+        engine.generate(inputs)
+    text, size = engine.config.text, len(inputs)
+    hidden = 3 * size * text.hidden_size * 4
+    whole = (size + 3) * text.kv_width * 4
+    for free, method, enough in (
+        (hidden, "zipvl", True), (hidden, "dense", False), (hidden + whole, "dense", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(errors, "available", lambda free=free: free)
+        if enough:
+            engine.generate(inputs, method, max_new_tokens=3)
+        else:
+            with pytest.raises(OutOfMemory):
+                engine.generate(inputs, method, max_new_tokens=3)
+    monkeypatch.setattr("zipvl.engine.engine.ROOM", 2)
+    monkeypatch.setattr(errors, "available", lambda: hidden + whole)
+    pieces = engine.stream(inputs, "zipvl", max_new_tokens=9, ignore_eos=True)
+    next(pieces), next(pieces)
+    monkeypatch.setattr(errors, "available", lambda: 1000)
+    with pytest.raises(OutOfMemory, match=r"before decoding .*fewer --max-new-tokens"):
+        list(pieces)

@@ -30,6 +30,11 @@ class TextConfig:
     tied: bool = False  # lm_head shares the embedding
     sliding_window: int | None = None
 
+    @property
+    def kv_width(self) -> int:
+        """Numbers that a token's keys and values are, in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -2,8 +2,11 @@
 
 import gc
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +43,10 @@ class OutOfMemory(ZipvlError):
     code = 3
 
 
+GROUPS = (  # where control groups are, of version 2 and 1: their limit and what they use
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 DAMAGED = (  # what NaN and infinite numbers mean, and what helps
     "are NaN or infinite: with float16 use --dtype bfloat16 or float32; with those, the weights "
     "are damaged"
@@ -47,10 +54,15 @@ DAMAGED = (  # what NaN and infinite numbers mean, and what helps
 
 
 @contextmanager
-def memory_errors(device: "torch.device", doing: str, advice: str) -> Iterator[None]:
-    """Turns an allocator's refusal while `doing` something into OutOfMemory with `advice`."""
+def memory_errors(device: "torch.device", doing: str, advice: str, need: int = 0) -> Iterator[None]:
+    """Turns an allocator's refusal while `doing` something into OutOfMemory with `advice`. On a CPU
+    also says so beforehand where at least `need` bytes are needed and are not there: a kernel that
+    runs out of memory ends the process without a word."""
     import torch  # here: the command line needs the errors before it needs torch
 
+    if device.type == "cpu" and need > (free := available()):
+        sizes = f"at least {need / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
+        raise OutOfMemory(f"out of memory before {doing} ({sizes}): {advice}")
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as e:
@@ -77,3 +89,32 @@ def numbers(device: "torch.device", refusal: str) -> str:
         free, total = torch.cuda.mem_get_info(device)
         parts.append(f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free now")
     return ", ".join(parts)
+
+
+def available() -> int:
+    """Bytes that this process may still take: of the machine, of its control group (Linux), of its
+    own limit; a huge number where nobody tells."""
+    free = [sys.maxsize]
+    with suppress(OSError, LookupError, ValueError):
+        free.append(1024 * int(re.findall(r"MemAvailable: *(\d+)", read("/proc/meminfo"))[0]))
+    homes = [""]
+    with suppress(OSError, LookupError):
+        homes += re.findall(r"^\d+:(?:memory)?:(.*)$", read("/proc/self/cgroup"), re.M)
+    for home, (base, limit, used) in product(homes, GROUPS):
+        with suppress(OSError, LookupError, ValueError):  # no such group, or "max": no limit
+            stat = read(f"{base}{home}/memory.stat")
+            cached = int(re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.M)[-1])
+            taken = int(read(f"{base}{home}/{used}")) - cached
+            free.append(int(read(f"{base}{home}/{limit}")) - taken)
+    with suppress(ImportError, OSError, LookupError, ValueError):
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            pages = int(read("/proc/self/statm").split()[0])
+            free.append(most - pages * resource.getpagesize())
+    return max(0, min(free))
+
+
+def read(path: str) -> str:
+    return Path(path).read_text(encoding="ascii")

@@ -46,9 +46,7 @@ from .stats import (
     restart_peak,
 )
 
-ROOM = (
-    256  # new tokens that caches have places for at first, and so many more whenever they are full
-)
+ROOM = 256  # places for new tokens in a cache: at first, and again whenever they are full
 LOGIT_ROWS = 128  # rows of logits at a time
 CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
 
@@ -237,15 +235,18 @@ class Engine:
         model, device, clock = self.model, self.model.device, Clock(self.model.device)
         lengths = [len(i) for i in inputs]
         advice = "use fewer --frames, a smaller --tau or --keep-ratio, or --dtype bfloat16"
-        with memory_errors(device, f"prefilling {sum(lengths)} tokens", advice):
+        item, text = model.dtype.itemsize, self.config.text
+        need = 3 * sum(lengths) * text.hidden_size * item  # hidden states alone
+        if room is not None and type(policy).plan is Policy.plan and policy.storage is None:
+            need += (sum(lengths) + room * len(lengths)) * text.kv_width * item  # everything stays
+        with memory_errors(device, f"prefilling {sum(lengths)} tokens", advice, need):
             features = [self.encode(i) for i in inputs]
             clock.lap("vision")
             with self.progress("prefill layers", self.config.text.num_layers) as step:
                 places = join([torch.arange(n, device=device) for n in lengths])
                 visual = join([i.is_visual.to(device) for i in inputs])
                 notes = notes or [Notes(n, room or 0) for n in lengths]
-                text, dtype = self.config.text, model.dtype
-                batch = Batch.build(lengths, places, visual, text, dtype, notes)
+                batch = Batch.build(lengths, places, visual, text, model.dtype, notes)
                 recorder = Recorder(device, step)
                 out = model.text.prefill(  # the embeddings are its own, to be let go in layer 0
                     self.embed(inputs, features), batch, policy, self.attend, room, self.chunk,
@@ -317,6 +318,7 @@ class Run:
         decode = engine.step(model, caches, self.notes, self.policy, engine.attend)
         stops = frozenset() if ignore_eos else engine.chat.stop_ids
         live = list(range(len(self.inputs)))
+        grown = ROOM * engine.config.text.kv_width * model.dtype.itemsize
         for step in range(max_new_tokens):
             clock.start()
             logits[:, engine.chat.vocab_size :] = -torch.inf  # rows of padding, not tokens
@@ -334,12 +336,11 @@ class Run:
                 return
             advice = "ask for fewer --max-new-tokens, or use fewer --frames"
             clock.start()
-            with memory_errors(model.device, "decoding", advice):
-                full = min(cache.spans.free() for cache in caches) == 0
-                if kept != live or full:  # a layer at a time, so that little is held twice
-                    room = min(ROOM, max_new_tokens - step) if full else None
-                    for i in range(len(caches)):
-                        caches[i] = caches[i].drop(stay, room)
+            full = min(cache.spans.free() for cache in caches) == 0
+            need = max(cache.nbytes for cache in caches) + len(live) * grown if full else 0
+            with memory_errors(model.device, "decoding", advice, need):
+                if kept != live or full:
+                    keep(caches, stay, min(ROOM, max_new_tokens - step) if full else None)
                     live, notes = kept, [self.notes[b] for b in kept]
                     decode = engine.step(model, caches, notes, self.policy, engine.attend)
                 ids = torch.tensor(new, device=model.device)
@@ -375,7 +376,6 @@ class Run:
         """What sequence number `sequence` of the batch answered."""
         inputs, tokens, text = self.inputs[sequence], self.tokens[sequence], self.engine.config.text
         dtype = self.engine.model.dtype
-        per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
         stages: dict[str, float] = {}
         for layer in self.layers:
             for name, value in layer.seconds.items():
@@ -392,7 +392,7 @@ class Run:
                 batch=len(self.inputs),
                 seconds=self.seconds | stages,
                 layers=layer_rows(self.layers, sequence, len(inputs)),
-                kv_bytes_dense=(len(inputs) + self.room) * per_token,
+                kv_bytes_dense=(len(inputs) + self.room) * text.kv_width * dtype.itemsize,
                 peak_memory=peak_memory(self.engine.model.device),
                 frames=[
                     {"index": i, "time": t}
@@ -401,6 +401,13 @@ class Run:
                 ],
             ),
         )  # fmt: skip
+
+
+def keep(caches: list[Cache], stay: list[int], room: int | None) -> None:
+    """Leaves in `caches` the sequences `stay`, with places for `room` more tokens if it is given:
+    one layer at a time, so that little is held twice."""
+    for i in range(len(caches)):
+        caches[i] = caches[i].drop(stay, room)
 
 
 def is_finite(x: Tensor) -> bool:
