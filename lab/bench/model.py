@@ -123,7 +123,8 @@ class Model:
 
     def caches(self, lengths: list[int], room: int) -> list[LayerCache]:
         """Random caches, `lengths` slots by sequence, to time decoding without a prefill."""
-        c, at = self.config, [torch.arange(n, device=self.device) for n in lengths]
+        c, device = self.config, self.device
+        at = [torch.arange(n, dtype=torch.int32, device=device) for n in lengths]
 
         def some() -> list[Tensor]:
             shapes = [(n, c.num_kv_heads, c.head_dim) for n in lengths]

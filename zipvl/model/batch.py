@@ -59,7 +59,7 @@ class Batch:
     """What goes with the hidden states [sum T, C] of a packed batch through the layers."""
 
     spans: Spans
-    positions: Tensor  # [sum T] place of each token in its own prompt
+    positions: Tensor  # int32 [sum T] place of each token in its own prompt
     is_visual: Tensor  # [sum T] bool
     cos: Tensor  # [sum T, 1, D/2]
     sin: Tensor
@@ -72,7 +72,8 @@ class Batch:
         """positions, is_visual [sum T]; `notes` None: fresh ones."""
         cos, sin = rope_table(positions, config, dtype)
         notes = [Notes(n) for n in lengths] if notes is None else notes
-        return cls(Spans(lengths, positions.device), positions, is_visual, cos, sin, notes)
+        places = positions.int()  # caches hold them for every layer and head
+        return cls(Spans(lengths, positions.device), places, is_visual, cos, sin, notes)
 
     def rows(self, chosen: list[Tensor | None]) -> tuple[Tensor | slice, Spans]:
         """Rows [sum K] of the `chosen` tokens [K] of each sequence (None: all of them), and where
