@@ -227,6 +227,14 @@ def test_prompt_faults(engine: Engine, picture: Image.Image) -> None:
         engine.prepare("x", images=["gone.png"])
     with pytest.raises(MediaError, match=r"float64 \[2, 3\]"):
         engine.prepare("x", video=np.zeros((2, 3)))
+    for wrong in (2.5, "5", None):
+        with pytest.raises(UsageError, match=f"max_new_tokens is {wrong!r}: give a whole number"):
+            engine.generate("What?", max_new_tokens=wrong)  # type: ignore[arg-type]
+    for wrong in (None, 5, [None]):
+        with pytest.raises(UsageError, match="give text or prepared inputs"):
+            engine.generate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="give text or prepared inputs"):  # at once
+        engine.stream(5)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
         engine.generate("x", max_new_tokens=0)
     assert len(engine.prepare("", images=[picture]).media) == 1

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -174,8 +176,9 @@ class Engine:
         `images` and `video` belong to every prompt that is text, and are read once. `seed`: one, or
         one for each prompt. Raises MediaError, UsageError, ModelError, OutOfMemory.
         """
-        alone, batch = isinstance(inputs, Inputs | str), []
-        for asked in [inputs] if isinstance(inputs, Inputs | str) else inputs:
+        many = isinstance(inputs, Sequence) and not isinstance(inputs, str)
+        batch: list[Inputs] = []
+        for asked in cast(Sequence[Inputs | str], inputs if many else [inputs]):
             batch.append(self.prepared(asked, images, video))
             if isinstance(asked, str):
                 images = [m for m in batch[-1].media if m.kind == "image"]
@@ -184,7 +187,7 @@ class Engine:
         for _ in run.steps(max_new_tokens, ignore_eos) if batch else ():
             pass
         results = [run.result(b) for b in range(len(batch))]
-        return results[0] if alone else results
+        return results if many else results[0]
 
     def stream(self, inputs: Inputs | str, method: str | Policy = "zipvl",
                max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
@@ -195,10 +198,7 @@ class Engine:
         """Pieces of the answer as they are made; the last carries the Result."""
         inputs = self.prepared(inputs, images, video)
         run = Run(self, [inputs], load_policy(method), Sampling(temperature, top_p, top_k, seed))
-        text = self.chat.detokenizer()
-        for made in run.steps(max_new_tokens, ignore_eos):
-            yield from (Piece(text.push(token), token) for _, token in made)
-        yield Piece(text.flush(), None, run.result(0))
+        return run.pieces(max_new_tokens, ignore_eos)
 
     def prepared(self, inputs: Inputs | str, images: Sequence[ImageSource],
                  video: VideoSource | Sequence[VideoSource] | None) -> Inputs:  # fmt: skip
@@ -293,8 +293,8 @@ class Run:
     def steps(self, max_new_tokens: int, ignore_eos: bool) -> Iterator[list[tuple[int, int]]]:
         """Yields after each step the (sequence, token) pairs it made, stop tokens left out."""
         # 1 what would fail later is told before the work
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}: give 1 or more")
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens!r}: give a whole number from 1 on")
         engine, model = self.engine, self.engine.model
         self.check_window(max_new_tokens)
         engine.step.check(self.policy)
@@ -347,6 +347,13 @@ class Run:
                 at = [len(self.inputs[b]) + step for b in live]
                 logits = decode(ids, torch.tensor(at, device=model.device))
             clock.lap("decode")
+
+    def pieces(self, max_new_tokens: int, ignore_eos: bool) -> Iterator[Piece]:
+        """The answer to a lone prompt while it is made."""
+        text = self.engine.chat.detokenizer()
+        for made in self.steps(max_new_tokens, ignore_eos):
+            yield from (Piece(text.push(token), token) for _, token in made)
+        yield Piece(text.flush(), None, self.result(0))
 
     def check_window(self, max_new_tokens: int) -> None:
         """Answers, too, must stay inside a sliding window; the last token is never attended to."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -23,19 +24,27 @@ class Sampling:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
+        seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed]
+        for name, value, kind in (
+            ("temperature", self.temperature, Real), ("top_p", self.top_p, Real),
+            ("top_k", self.top_k, Integral), *(("seed", seed, Integral) for seed in seeds),
+        ):  # fmt: skip
+            if not isinstance(value, kind):
+                whole = "whole " if kind is Integral else ""
+                raise UsageError(f"{name} is {value!r}: give a {whole}number")
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature is {self.temperature}: give 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}: give a share above 0 and up to 1")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}: give 0 (off) or more")
-        for seed in [self.seed] if isinstance(self.seed, int) else self.seed:
+        for seed in seeds:
             if not -(2**63) <= seed < 2**63:
                 raise UsageError(f"seed is {seed}: give a whole number of at most 63 bits")
 
     def generators(self, count: int) -> list[torch.Generator]:
         """One a sequence, on the CPU: the same seed draws the same tokens on every device."""
-        seeds = [self.seed] * count if isinstance(self.seed, int) else self.seed
+        seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed] * count
         if len(seeds) != count:
             raise UsageError(f"{len(seeds)} seeds for {count} prompts: give one, or one for each")
         return [torch.Generator().manual_seed(seed) for seed in seeds]
