@@ -13,6 +13,6 @@ lint: $(VENV)/ready
 type: $(VENV)/ready
 	$(RUN) -m mypy
 bench: $(VENV)/ready
-	OMP_WAIT_POLICY=passive $(RUN) bench.py
+	OMP_WAIT_POLICY=passive $(RUN) bench.py decode --tokens 2048,8192 --ratios 1,0.3 --layers 4
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

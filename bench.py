@@ -1,6 +1,8 @@
 """Speed and memory of the decoder; the same as `python -m lab.bench`, which explains itself."""
 
-from lab.bench.__main__ import main
+import sys
+
+from lab.command import start
 
 if __name__ == "__main__":
-    main()
+    sys.exit(start("lab.bench.cli"))

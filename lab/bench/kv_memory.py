@@ -19,6 +19,7 @@ from zipvl.model.cache import Cache, Kept, Store, store_as
 from zipvl.policies import load_policy
 from zipvl.policy import Notes, Storage
 
+from ..command import Parser, count, ended
 from ..raw import write_json
 from .model import DTYPES, SHAPES, Model
 from .timing import CLOCKS, Factory, Row, interleaved, machine, ratios
@@ -141,18 +142,18 @@ def steps(
     return work
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def work(argv: list[str] | None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b", help="of the decode steps")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--layers", type=count, default=4)
+    parser.add_argument("--tokens", type=count, nargs="+", default=[2048, 8192])
     parser.add_argument("--share", type=float, default=0.3, help="important tokens while decoding")
-    parser.add_argument("--new", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new", type=count, default=16)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.device = "cpu"
     lengths, shares = [16384, 65536, 131072], [0.2, 0.286, 0.3, 0.4, 0.5]
     memory = [row for shape in PAPER for row in memory_rows(shape, lengths, shares)]
@@ -174,5 +175,9 @@ def main() -> None:
         write_json(args.out, report)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return ended(lambda: work(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

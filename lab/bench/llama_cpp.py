@@ -30,6 +30,7 @@ import torch
 import xllamacpp
 from torch import Tensor
 
+from ..command import Parser, count, counts, ended
 from ..raw import write_json
 from .benches import our_steps
 from .model import Model
@@ -168,19 +169,17 @@ def rows(
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--tokens", type=lambda t: [int(n) for n in t.split(",")], default=[2048])
+def work(argv: list[str] | None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--tokens", type=counts, default=[2048])
     parser.add_argument("--benches", type=lambda t: t.split(","), default=["prefill", "decode"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--new", type=int, default=16, help="decode steps a run")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=count, help="fewer layers than the shape has")
+    parser.add_argument("--new", type=count, default=16, help="decode steps a run")
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--scratch", type=Path, required=True, help="for the GGUF files")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.device = "cpu"
     report = measure(args)
     for row in report["rows"]:
@@ -190,5 +189,9 @@ def main() -> None:
         write_json(args.out, report)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return ended(lambda: work(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

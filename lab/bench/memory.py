@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from zipvl.config import TextConfig
 from zipvl.engine.engine import CHUNK
 from zipvl.engine.stats import peak_memory, restart_peak
+from zipvl.errors import ZipvlError
 from zipvl.model.attention import SCORE_BYTES
 from zipvl.model.vlm import VLM
 
@@ -79,7 +80,8 @@ def alone(module: str, *words: object) -> Row:
     command = [sys.executable, "-m", module, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command[2:])} failed: {done.stderr[-500:]}")
+        why = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ZipvlError(f"{' '.join(command[2:])} failed: {why[-1]}")
     return json.loads(done.stdout)
 
 

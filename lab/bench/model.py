@@ -54,13 +54,13 @@ class Model:
 
     def __init__(self, shape: str, device: str, dtype: torch.dtype, attn: str, layers: int | None):
         self.config = text_config(shape, layers)
+        self.device, self.dtype = torch.device(device), dtype
+        self.backend, self.attend = kernels.pick(attn, self.device, dtype, self.config.head_dim)
         with torch.device("meta"):
             self.decoder = Decoder(self.config)
             self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         fill(self.decoder, device, dtype)
         self.lm_head.weight = self.decoder.embed_tokens.weight
-        self.device, self.dtype = torch.device(device), dtype
-        self.backend, self.attend = kernels.pick(attn, self.device, dtype, self.config.head_dim)
 
     def twin(self, change: Callable[[nn.ModuleDict], object]) -> "Model":
         """New modules around the same tensors, `text` and `head`, after a change."""

@@ -3,13 +3,16 @@
 python -m lab.bench.plot lab/results/*.json --out lab/results
 """
 
-import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from zipvl.errors import UsageError
+
+from ..command import Parser, ended
 from .timing import Row
 
 Axes = Any
@@ -55,6 +58,8 @@ def draw_time(axes: Axes, rows: list[Row]) -> None:
             label="dense, were attention free",
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="prefill, seconds")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(lambda y, _: f"{y:g}")  # 2 and 3, where a log axis writes 2 x 10^0
     ticks(axes, rows)
 
 
@@ -143,7 +148,10 @@ FIGURES: dict[str, dict[str, Draw]] = {  # rows of a benchmark -> file names
 
 def draw(reports: list[dict], folder: Path) -> list[Path]:
     """A PNG for each figure that a report's rows allow, named after benchmark, shape and dtype."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise UsageError("figures need matplotlib: pip install 'zipvl[plot]'") from None
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,14 +185,23 @@ def joined(reports: list[dict]) -> list[dict]:
     return list(out.values())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def work(argv: list[str] | None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("reports", type=Path, nargs="+", metavar="JSON")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
-    for path in draw([json.loads(p.read_text()) for p in args.reports], args.out):
+    args = parser.parse_args(argv)
+    try:
+        reports = [json.loads(p.read_text(encoding="utf-8")) for p in args.reports]
+        made = draw(reports, args.out)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UsageError("give JSON files that bench.py wrote with --out") from None
+    for path in made:
         print(path)
 
 
+def main(argv: list[str] | None = None) -> int:
+    return ended(lambda: work(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,6 @@ hundred tokens and are made to look like 100,000 in two ways:
 Nothing of this is in the weights' layout: the product is a plain checkpoint, run as any other.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -31,11 +30,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from zipvl.engine.load import DEMO, load
-from zipvl.errors import UsageError, ZipvlError
+from zipvl.errors import UsageError
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 from zipvl.vision.merge import pool_frames
 
+from ..command import Parser, ended
 from .backgrounds import bundled, gradients, noise
 from .bank import EMPTY, Bank, build
 from .checkpoint import PATCH, SIDE, tokenizer, write_plain, write_weights
@@ -205,10 +205,8 @@ def train(model: VLM, bank: Bank, test: Bank, cache: Path, steps: int, stop: int
                         "step": step + 1, "seconds": time.time() - began}, state)  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def work(argv: list[str] | None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=800)
@@ -216,14 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=300, help="frames of every thing in the bank")
     args = parser.parse_args(argv)
     torch.set_num_threads(2)
-    try:
-        model = fresh(args.out)
-        train(model, *banks(model, args.cache, args.each), args.cache, args.steps, args.stop)
-        write_weights(model, args.out)
-    except ZipvlError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.code
-    return 0
+    model = fresh(args.out)
+    train(model, *banks(model, args.cache, args.each), args.cache, args.steps, args.stop)
+    write_weights(model, args.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return ended(lambda: work(argv))
 
 
 if __name__ == "__main__":

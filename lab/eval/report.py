@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def coloured_table(axes: Any, cells: Sequence[Sequence[float]], most: float) -> Any:
+    """Cells from 0 to `most` in colours that colour-blind readers tell apart, too, and numbers that
+    stand out from them; none where there is no value. Returns the image."""
+    image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=most, aspect="auto")
+    for y, line in enumerate(cells):
+        for x, value in enumerate(line):
+            if not math.isnan(value):
+                ink = "white" if value < 0.48 * most else "black"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=ink)
+    return image
+
+
 def heat_map(rows: list[dict[str, Any]], method: str, path: Path) -> None:
     """Accuracy by needle depth (down) and video length (across), as LongVA draws V-NIAH."""
     try:
@@ -107,16 +119,13 @@ def heat_map(rows: list[dict[str, Any]], method: str, path: Path) -> None:
     mine = [r for r in rows if r["method"] == method and r["group"] != "all"]
     lengths = sorted({r["frames"] for r in mine})
     depths = list(dict.fromkeys(r["group"] for r in mine))
-    share = {(r["group"], r["frames"]): r["accuracy"] for r in mine}
+    share = {(r["group"], r["frames"]): 100 * r["accuracy"] for r in mine}
     grid = [[share.get((d, n), math.nan) for n in lengths] for d in depths]
     figure, axes = plt.subplots(figsize=(2 + len(lengths), 3.2), layout="constrained")
-    image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    image = coloured_table(axes, grid, 100)
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
     axes.set_yticks(range(len(depths)), [d.removeprefix("depth ") for d in depths])
     axes.set(xlabel="frames", ylabel="depth of the needle", title=method)
-    for i, line in enumerate(grid):
-        for j, value in enumerate(line):
-            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center")
-    figure.colorbar(image, label="found")
+    figure.colorbar(image, label="found, %")
     figure.savefig(path, dpi=120)
     plt.close(figure)

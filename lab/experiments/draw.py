@@ -6,6 +6,8 @@ from typing import Any
 
 from zipvl.errors import UsageError
 
+from ..eval.report import coloured_table
+
 
 @contextmanager
 def panels(rows: int, columns: int, width: float = 5.2, height: float = 3.9) -> Iterator[tuple]:
@@ -71,11 +73,8 @@ def points(axes: Any, series: Mapping[str, Sequence[dict[str, Any]]], measure: s
 def heat(axes: Any, cells: Sequence[Sequence[float]], down: Sequence[str], across: Sequence[str],
          title: str) -> None:  # fmt: skip
     """Percentages as a coloured table."""
-    axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    coloured_table(axes, cells, 100)
     axes.grid(False)
     axes.set_xticks(range(len(across)), across, rotation=45)
     axes.set_yticks(range(len(down)), down)
-    for y, line in enumerate(cells):
-        for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7)
     axes.set(title=title)

@@ -1,14 +1,12 @@
 """What every experiment shares: its arguments, records that outlive an interruption, its results.
 
-OUT/records.jsonl grows by a line per unit and method; a second run continues where it ends.
+OUT/records.jsonl is that of ../records.py: a second run continues where it ends.
 OUT/result.json holds settings and rows and nothing that changes from run to run; when and where it
 was made is in OUT/run.json.
 """
 
-import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from zipvl.engine.engine import Engine
 from zipvl.engine.load import load
-from zipvl.errors import UsageError
 from zipvl.policies import load_policy
 from zipvl.policy import Policy
 
 from ..raw import rounded, write_json
+from ..records import Record, measured
 
-Record = dict[str, Any]
 IDEAS = "ideas.py:"
 
 
@@ -72,35 +68,9 @@ class Job:
         measure: Callable[[Any, str], list[Record]],
         chunk: int = 1,
     ) -> list[Record]:
-        """A record for every unit and method, those in OUT first; `prepare` makes `chunk` units
-        ready, `measure` gives a record for each of them."""
-        path, methods, units = self.out / "records.jsonl", list(methods), list(units)
-        done = {(r["unit"], r["method"]): r for r in self.earlier(path)}
-        chunks = [units[i : i + chunk] for i in range(0, len(units), chunk)]
-        with path.open("a", encoding="utf-8") as file:
-            for some in tqdm(chunks, desc=self.name, disable=not sys.stderr.isatty()):
-                missing = [m for m in methods if any((u, m) not in done for u in some)]
-                ready = prepare(some) if missing else None
-                for method in missing:
-                    for unit, found in zip(some, measure(ready, method), strict=True):
-                        record = rounded({"unit": unit, "method": method} | found)
-                        done[unit, method] = record
-                        file.write(json.dumps(record) + "\n")
-                    file.flush()
-        return [done[u, m] for u in units for m in methods]
-
-    def earlier(self, path: Path) -> list[Record]:
-        """Records of an interrupted run; UsageError if they belong to another one."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            path.write_text(json.dumps(self.settings()) + "\n", encoding="utf-8")
-        try:
-            first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        except ValueError:
-            raise UsageError(f"{path} is damaged: delete its last line, or the file") from None
-        if first != self.settings():
-            raise UsageError(f"{path} belongs to a run with other settings: give another --out")
-        return rest
+        """records.measured, in OUT/records.jsonl."""
+        path = self.out / "records.jsonl"
+        return measured(path, self.settings(), units, methods, prepare, measure, chunk)
 
     def finish(
         self,

@@ -60,6 +60,15 @@ def correlations(frames: int, mine: list[Record], kinds: list[Record],
     }  # fmt: skip
 
 
+def correlation_title(r: dict[str, float], kinds: int) -> str:
+    """Empty where nothing varies, as when dense is never wrong."""
+    if r["value"] != r["value"]:
+        return ""
+    known = r["low"] == r["low"]
+    inside = f" ({r['low']:.2f} to {r['high']:.2f})" if known else ""
+    return f"rank correlation {r['value']:.2f}{inside}, {kinds} kinds"
+
+
 def layers_figure(job: Job, table: list[Record], links: list[Record], method: str) -> None:
     last = job.frames[-1]
     mine, link = [r for r in table if r["frames"] == last], links[-1]
@@ -70,14 +79,12 @@ def layers_figure(job: Job, table: list[Record], links: list[Record], method: st
                       label=f"{row['kind']} ({row['samples']})")  # fmt: skip
         left.set(xlabel="layer", ylabel=f"visual tokens kept, %, {last} frames")
         left.legend(ncols=2, fontsize=7)
-        r = link["kind_error"]
         hardest = sorted(mine, key=lambda row: row["dense_error"]["value"])
         shown = [row | {"choice": f"{row['kind']}, {100 * row['dense_error']['value']:.0f} %"}
                  for row in hardest]  # fmt: skip
         draw.bars(right, shown, "visual", "visual tokens kept, % (95 %)")
         right.set(xlim=(0, 100), ylabel="kind, and how often dense is wrong on it",
-                  title=f"rank correlation {r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f}), "
-                        f"{len(mine)} kinds")  # fmt: skip
+                  title=correlation_title(link["kind_error"], len(mine)))  # fmt: skip
         fig.suptitle(clips.title(job, method))
         fig.savefig(job.out / "figure.png")
 
@@ -101,6 +108,11 @@ def run_always(job: Job) -> None:
                  contrasted([r for r in found if r["frames"] == n], named, n)]  # fmt: skip
     contrasts += contrasted(found, named, "all")
     job.finish(table, clips.COLUMNS, by_kind=kinds, contrasts=contrasts)
+    always_figure(job, table, kinds, named)
+
+
+def always_figure(job: Job, table: list[Record], kinds: list[Record],
+                  named: dict[tuple[float, str, str], str]) -> None:  # fmt: skip
     with draw.panels(1, len(job.frames) + 1, 5) as (fig, (*bars, heat)):
         for axes, n in zip(bars, job.frames, strict=True):
             whole = {r["method"]: r["accuracy"] for r in table if r["frames"] == n}

@@ -49,6 +49,7 @@ def figure(job: Job, swept: dict[int, list[Record]], kinds: list[Record]) -> Non
     """Curves over the values of tau, evenly spaced (they crowd near 1), and tables by kind."""
     taus = sorted({tau_of(r["method"]) for some in swept.values() for r in some})
     names = [f"{t:g}" for t in taus]
+    mapped = sorted({job.frames[0], job.frames[-1]})
     with draw.panels(2, 2, 6.2, 3.7) as (fig, ((accuracy, kept), heats)):
         for i, (n, some) in enumerate(swept.items()):
             x = [taus.index(tau_of(r["method"])) for r in some]
@@ -62,8 +63,9 @@ def figure(job: Job, swept: dict[int, list[Record]], kinds: list[Record]) -> Non
         for axes in (accuracy, kept):
             axes.set_xticks(range(len(taus)), names, rotation=45)
             axes.set(xlabel="tau (1: dense)")
-            axes.legend()
-        for axes, n in zip(heats, (job.frames[0], job.frames[-1]), strict=True):
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)  # on no line
+        heats[-1].set_visible(len(mapped) > 1)
+        for axes, n in zip(heats, mapped, strict=False):
             by_kind(axes, [r for r in kinds if r["frames"] == n and "tau=" in r["method"]], n)
         fig.suptitle(clips.title(job, "zipvl over tau"))
         fig.savefig(job.out / "figure.png")

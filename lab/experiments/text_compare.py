@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zipvl.errors import UsageError, ZipvlError
+from zipvl.errors import UsageError
 
+from ..command import ended
 from . import draw
 from .runner import Record
 from .tau import FILLS, family, tau
@@ -59,24 +60,23 @@ def losses(axes: Any, runs: list[Record]) -> None:
     axes.legend()
 
 
+def work(argv: list[str]) -> None:
+    *folders, out = map(Path, argv) if argv else [Path()]
+    if not folders:
+        raise UsageError("give folders of text_tau runs, then one for the figure")
+    runs = [results(f) for f in folders]
+    out.mkdir(parents=True, exist_ok=True)
+    with draw.panels(1, 2, 5.6, 4.2) as (fig, (left, right)):
+        layers(left, runs)
+        losses(right, runs)
+        windows = {r["settings"]["model"]: r["settings"]["samples"] for r in runs}
+        fig.suptitle("windows of text: " + ", ".join(f"{n} ({m})" for m, n in windows.items())
+                     + f"; loss on the {TAIL} tokens after the prompt")  # fmt: skip
+        fig.savefig(out / "figure.png")
+
+
 def main(argv: list[str] | None = None) -> int:
-    *folders, out = map(Path, sys.argv[1:] if argv is None else argv) or [Path()]
-    try:
-        if not folders:
-            raise UsageError("give folders of text_tau runs, then one for the figure")
-        runs = [results(f) for f in folders]
-        out.mkdir(parents=True, exist_ok=True)
-        with draw.panels(1, 2, 5.6, 4.2) as (fig, (left, right)):
-            layers(left, runs)
-            losses(right, runs)
-            windows = {r["settings"]["model"]: r["settings"]["samples"] for r in runs}
-            fig.suptitle("windows of text: " + ", ".join(f"{n} ({m})" for m, n in windows.items())
-                         + f"; loss on the {TAIL} tokens after the prompt")  # fmt: skip
-            fig.savefig(out / "figure.png")
-    except ZipvlError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.code
-    return 0
+    return ended(lambda: work(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The benchmark runs, tells the truth about what it moved, and its rival computes the same."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +13,16 @@ import torch
 
 import zipvl
 from lab.bench import plot
-from lab.bench.__main__ import main
 from lab.bench.benches import ragged
+from lab.bench.cli import BENCHES, main, parse
 from lab.bench.e2e import PROMPT, random_inputs
+from lab.bench.memory import ROOT, alone
 from lab.bench.model import Model
 from lab.bench.rival import build_rival
 from lab.bench.vlm import random_engine
+from lab.command import ended
 from zipvl.engine.stats import Clock
+from zipvl.errors import MediaError, ZipvlError
 
 COMMON = ["--shape", "tiny", "--dtype", "float32", "--repeats", "2"]
 
@@ -220,3 +226,105 @@ def test_the_rival_is_the_same_model() -> None:
     torch.testing.assert_close(ours, rival(ids[None]).logits[0, -1:], atol=1e-4, rtol=1e-4)
     owned = {p.data_ptr() for p in model.decoder.parameters()}
     assert {p.data_ptr() for p in rival.parameters()} == owned  # no second copy of the weights
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prefill", "--methods", "foo"], "unknown method 'foo'"),
+        (["prefill", "--methods", "fixed:ratio=2"], "ratio"),
+        (["decode", "--tokens", "0"], "--tokens: '0': give whole numbers above 0"),
+        (["decode", "--tokens", "-5"], "--tokens: '-5'"),
+        (["decode", "--tokens=-5"], "--tokens: '-5'"),
+        (["decode", "--tokens", "abc"], "--tokens: 'abc'"),
+        (["decode", "--tokens", "4,"], "--tokens: '4,'"),
+        (["decode", "--batch", "1.5"], "--batch"),
+        (["decode", "--ratios", "0"], "--ratios: '0': give shares"),
+        (["decode", "--ratios", "nan"], "--ratios"),
+        (["decode", "--new", "0"], "--new: '0'"),
+        (["decode", "--repeats", "0"], "--repeats"),
+        (["decode", "--layers", "0"], "--layers"),
+        (["decode", "--weights", "int2"], "unknown weights 'int2'"),
+        (["decode", "--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["decode", "--attn", "none"], "none"),
+        (["e2e", "--frames", "0"], "--frames"),
+        ([], "the following arguments are required: bench"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_prompt_of_one_token_at_a_small_ratio() -> None:
+    assert main(["decode", "--tokens", "1", "--ratios", "0.1", "--new", "1", *COMMON]) == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (MediaError("no video"), 1, "error: no video\n"),
+        (MemoryError("12 GB"), 3, "out of memory while measuring"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 3,
+         "out of memory while measuring"),
+        (PermissionError(13, "Permission denied", "/out"), 1, "error: /out: Permission denied\n"),
+    ],
+)  # fmt: skip
+def test_how_a_command_ends(
+    raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        raise raised
+
+    assert ended(run) == code
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == bool(said)
+
+
+def test_a_child_that_fails_is_one_sentence() -> None:
+    with pytest.raises(ZipvlError, match=r"lab\.bench\.frames 1 no failed: "):
+        alone("lab.bench.frames", 1, "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["bench.py", "decode", "--tokens", "99999", "--repeats", "99"],
+                                   ["-m", "lab.eval"],
+                                   ["-m", "lab.experiments", "tau", "--out", "OUT"]])  # fmt: skip
+@pytest.mark.parametrize("seconds", [0.15, 0.4, 0.7, 1.0, 6.0])
+def test_ctrl_c_at_any_time(words: list[str], seconds: float, tmp_path: Path) -> None:
+    """While torch is imported, while the model is made, while it measures."""
+    command = [sys.executable, *(w.replace("OUT", str(tmp_path)) for w in words)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                          stdout=subprocess.DEVNULL) as process:  # fmt: skip
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode in (130, -signal.SIGINT)  # the second: before the first line of ours
+    assert "Traceback" not in error or process.returncode == -signal.SIGINT
+
+
+def test_make_bench_gives_what_the_command_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    [line] = [x for x in (ROOT / "Makefile").read_text().splitlines() if "bench.py" in x]
+    assert parse(line.split("bench.py")[1].split()).bench in BENCHES
+
+
+def test_seconds_are_plain_numbers() -> None:
+    """2 and 3, not 2 x 10^0."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    rows = [{"run": "fixed", "tokens": n, "seconds": [s]} for n, s in ((100, 1.5), (200, 4.0))]
+    plot.draw_time(axes := figure.subplots(), rows)
+    figure.canvas.draw()
+    labels = {t.get_text() for t in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True))}
+    assert {"2", "3"} <= labels
+    assert not any("10" in label and "^" in label for label in labels)

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from lab.demo.backgrounds import bundled
 from lab.demo.questions import PHRASES
 from lab.demo.world import Clip, render
-from lab.eval.__main__ import main
-from lab.eval.report import Answer, heat_map, markdown, table, wilson
+from lab.eval.cli import main
+from lab.eval.report import Answer, coloured_table, heat_map, markdown, table, wilson
 from lab.eval.tasks import DEPTHS, needle_items, same_answer, split_methods, task_items, world_items
+from zipvl.engine.engine import Engine
+from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
 
 
@@ -113,6 +115,24 @@ def test_table_counts() -> None:
     assert "| 8 | a | 67 | 50 | 100 |" in text
 
 
+def test_numbers_stand_out_from_their_cells() -> None:
+    """Contrast of 4.5 and more, as WCAG asks of text; an empty cell says nothing."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def luminance(colour: tuple) -> float:
+        linear = [((c + 0.055) / 1.055) ** 2.4 if c > 0.04 else c / 12.92 for c in colour[:3]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    axes = Figure().subplots()
+    image = coloured_table(axes, [[*range(101), math.nan]], 100)
+    assert len(axes.texts) == 101
+    for text in axes.texts:
+        cell = luminance(image.cmap(int(text.get_text()) / 100))
+        ink = {"white": 1.0, "black": 0.0}[text.get_color()]
+        assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) > 4.5
+
+
 def test_heat_map_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     some = [answer("a", f"depth {d:.0%}", d < 0.5, n) for d in DEPTHS for n in (8, 16)]
@@ -126,11 +146,51 @@ def test_same_seed_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main([*options, "--device", "cpu", "--out", str(tmp_path / name)]) == 0
     assert (tmp_path / "one/table.md").read_text() == (tmp_path / "two/table.md").read_text()
     raw = json.loads((tmp_path / "one/results.json").read_text())
-    answers = list(map(json.loads, (tmp_path / "one/answers.jsonl").read_text().splitlines()))
+    settings, *answers = lines(tmp_path / "one")
+    assert settings["suffix"] == ""
     assert len(answers) == 2 * 2 * 6
     assert {a["method"] for a in answers} == {"dense", "zipvl:tau=0.9"}
     assert all(r["kept"] == 1 for r in raw["rows"] if r["method"] == "dense")
     assert "accuracy" in capsys.readouterr().out
+
+
+def lines(folder: Path) -> list[dict]:
+    return list(map(json.loads, (folder / "answers.jsonl").read_text().splitlines()))
+
+
+def test_an_interrupted_run_goes_on_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C at the sixth answer, half a line written by a harder end, then the same command."""
+    asked: list[str] = []
+    generate, stop = Engine.generate, 6
+
+    def counted(self: Engine, inputs: Inputs, method: str, max_new_tokens: int) -> object:
+        asked.append(method)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return generate(self, inputs, method, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(Engine, "generate", counted)
+    options = ["--frames", "2,5", "--samples", "3", "--device", "cpu", "--out"]
+    assert main([*options, str(tmp_path / "a")]) == 130
+    assert capsys.readouterr().err == ""
+    assert len(lines(tmp_path / "a")) == 1 + 5
+    with (tmp_path / "a/answers.jsonl").open("a") as file:
+        file.write('{"unit": "5/0", "meth')
+    assert main([*options, str(tmp_path / "a")]) == 0
+    assert len(asked) == stop + 2 * 2 * 3 - 5
+    assert main([*options, str(tmp_path / "b")]) == 0
+    assert (tmp_path / "a/table.md").read_text() == (tmp_path / "b/table.md").read_text()
+    answered = [
+        [(a["unit"], a["method"], a["given"]) for a in lines(tmp_path / x)[1:]] for x in "ab"
+    ]
+    assert answered[0] == answered[1]
+    asked.clear()
+    assert main([*options, str(tmp_path / "a"), "--samples", "4"]) == 0
+    assert len(asked) == 2 * 2
+    assert main([*options, str(tmp_path / "a"), "--seed", "1"]) == 2
+    assert "other settings: give another --out" in capsys.readouterr().err
 
 
 def test_needles_end_in_heat_maps(tmp_path: Path) -> None:
@@ -138,7 +198,7 @@ def test_needles_end_in_heat_maps(tmp_path: Path) -> None:
     out = ["--task", "niah", "--frames", "4", "--samples", "5", "--out", str(tmp_path)]
     assert main([*out, "--device", "cpu"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {
-        "answers.jsonl", "results.json", "table.md", "niah-0.png", "niah-1.png",
+        "answers.jsonl", "results.json", "table.md", "niah-dense.png", "niah-zipvl_tau=0.975.png",
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The experiments: statistics against known values, resuming, every command on a few samples."""
 
 import json
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import zipvl
+from lab import records
 from lab.demo.checkpoint import write_plain, write_weights
 from lab.experiments import (
     clips,
@@ -20,9 +23,10 @@ from lab.experiments import (
     probe_study,
     stats,
     stays,
+    tau,
     text,
 )
-from lab.experiments.__main__ import EXPERIMENTS, main
+from lab.experiments.cli import EXPERIMENTS, main
 from lab.experiments.runner import Job, cell, policy, table
 from lab.raw import rounded
 from zipvl.engine.engine import Engine
@@ -128,10 +132,48 @@ def test_records_of_another_run_are_refused(tmp_path: Path) -> None:
     Job("tau", tmp_path).records(["a"], ["m"], lambda u: u, lambda u, m: [{}])
     with pytest.raises(UsageError, match="other settings"):
         Job("tau", tmp_path, seed=1).records(["a"], ["m"], lambda u: u, lambda u, m: [{}])
-    with (tmp_path / "records.jsonl").open("a") as file:
-        file.write('{"unit": ')
-    with pytest.raises(UsageError, match="damaged"):
+
+
+@pytest.mark.parametrize("line", ["{", "3", "[]", "{}", '{"unit": "a"}', "null", "\ufffd"])
+def test_damaged_lines_are_named(tmp_path: Path, line: str) -> None:
+    path, other = tmp_path / "records.jsonl", '{"unit": "a", "method": "m"}\n'
+    text = json.dumps(Job("tau", tmp_path).settings()) + "\n" + line + "\n" + other
+    path.write_text(text)
+    with pytest.raises(UsageError, match="line 2 is damaged: delete that line"):
         Job("tau", tmp_path).records(["a"], ["m"], lambda u: u, lambda u, m: [{}])
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30, 40])
+def test_half_a_line_is_measured_again(tmp_path: Path, cut: int) -> None:
+    """Wherever the last write ended, also within the settings."""
+
+    def go() -> list[dict]:
+        return Job("tau", tmp_path).records("ab", "m", lambda u: u, lambda u, m: [{"x": 1}])
+
+    found, path = go(), tmp_path / "records.jsonl"
+    whole = path.read_bytes()
+    for end in (len(whole) - cut, cut):
+        path.write_bytes(whole[:end])
+        assert go() == found
+        assert path.read_bytes() == whole
+
+
+def test_progress_counts_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only those that are still to come."""
+    counted: dict[int, int] = {}
+
+    class Bar(tqdm):
+        def close(self) -> None:
+            counted[self.total] = self.n
+            super().close()
+
+    monkeypatch.setattr(records, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    job = Job("tau", tmp_path)
+    for units, names in (("abc", "mn"), ("abcd", "mno"), ("abcd", "mno")):
+        job.records(units, names, lambda u: u, lambda u, m: [{}] * len(u), 2)
+    assert counted == {6: 6, 2 + 6: 8, 0: 0}  # c is asked again along with d
 
 
 def test_table() -> None:
@@ -453,10 +495,10 @@ def test_commands_run(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["tau", "--frames", "0"], "--frames '0'"),
-        (["tau", "--samples", "0"], "--samples is 0"),
+        (["tau", "--frames", "0"], "--frames: '0'"),
+        (["tau", "--samples", "0"], "--samples: '0'"),
         (["tau", "--method", "zipvl:tua=1"], "no option 'tua'"),
-        (["text_tau", "--tokens", "4,x"], "--tokens '4,x'"),
+        (["text_tau", "--tokens", "4,x"], "--tokens: '4,x'"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -466,3 +508,35 @@ def test_mistakes_are_one_sentence(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_nothing_that_varies_has_no_correlation_in_the_title() -> None:
+    constant = stats.spearman([1, 2, 3], [5, 5, 5])
+    assert stays.correlation_title(constant, 3) == ""
+    assert "nan" not in stays.correlation_title(constant | {"value": 1.0}, 3)
+    some = {"value": 0.5, "low": 0.25, "high": 0.75}
+    assert stays.correlation_title(some, 6) == "rank correlation 0.50 (0.25 to 0.75), 6 kinds"
+
+
+@pytest.mark.parametrize("frames", [(3,), (3, 4), (3, 4, 5)])
+def test_tau_draws_no_table_twice(
+    frames: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the legends lie above the axes, on no line."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_: drawn.append(self))
+    share = {"value": 0.5, "low": 0.4, "high": 0.6}
+    table = [{"frames": n, "method": f"zipvl:tau={t}", "kind": "what", "accuracy": share,
+              "visual": t, "work": t, "samples": 4} for n in frames for t in (0.5, 1.0)]  # fmt: skip
+    swept = {n: [r for r in table if r["frames"] == n] for n in frames}
+    tau.figure(Job("tau", tmp_path, frames=frames), swept, table)
+    above, below = drawn[0].axes[:2], drawn[0].axes[2:]
+    titles = [a.get_title() for a in below if a.get_visible()]
+    assert len(set(titles)) == len(titles) == min(2, len(frames))
+    drawn[0].canvas.draw()
+    for axes in above:
+        box = axes.get_legend().get_window_extent()
+        assert box.y0 >= axes.get_window_extent().y1 - 1

@@ -17,7 +17,7 @@ from lab.demo.checkpoint import tokenizer
 from lab.demo.sequences import Sequences, hidden, sequences
 from lab.eval.tasks import needle_items
 from lab.experiments import niah
-from lab.experiments.__main__ import main
+from lab.experiments.cli import main
 from lab.experiments.runner import Job
 from zipvl.engine.engine import Engine
 from zipvl.model.decoder import Decoder
