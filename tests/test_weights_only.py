@@ -1,4 +1,4 @@
-"""Packed copies of weights: what they stand for, when they are used, what they cost."""
+"""Packed weights and copies: what they stand for, when they are used, what they cost."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,10 @@ from zipvl.engine.speed import (
     GROUP,
     KINDS,
     PACKED_ROWS,
+    BlockedLinear,
     PackedLinear,
     check_kind,
+    held,
     pack_weights,
 )
 from zipvl.errors import UsageError
@@ -132,9 +134,105 @@ def test_what_does_not_fit_stays_full(oracle: Callable) -> None:
 
 
 def test_refusals(oracle: Callable) -> None:
-    with pytest.raises(UsageError, match="unknown weights 'int2': use full, int8, int4"):
+    with pytest.raises(UsageError, match="unknown weights 'int2': use full, packed, int8, int4"):
         zipvl.load(oracle("llava").folder, weights="int2")
     for kind in KINDS[1:]:
         with pytest.raises(UsageError, match="for decoding on a CPU and the device is cuda"):
-            check_kind(kind, torch.device("cuda"))
-    check_kind("full", torch.device("cuda"))
+            check_kind(kind, torch.device("cuda"), torch.float32)
+    check_kind("full", torch.device("cuda"), torch.float16)
+
+
+# --- weights in the order of products -------------------------------------------------------------
+
+
+def usable(dtype: torch.dtype) -> bool:
+    try:
+        check_kind("packed", torch.device("cpu"), dtype)
+    except UsageError:
+        return False
+    return True
+
+
+needs_blocks = pytest.mark.skipif(not usable(torch.float32), reason="PyTorch without oneDNN")
+
+
+@needs_blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 40), (130, 40), (128, 70), (896, 64)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_are_the_same_weight(
+    dtype: torch.dtype, outputs: int, inputs: int, bias: bool
+) -> None:
+    """For any number and layout of rows: against float64, no worse than one rounding."""
+    if not usable(dtype):
+        pytest.skip("no products of this type here")
+    full = Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
+    blocked = BlockedLinear(full)
+    assert (blocked.weight.dtype, blocked.weight.nbytes) == (dtype, full.weight.nbytes)
+    for shape in [
+        *((rows, inputs) for rows in (0, 1, 2, 3, 8, 16, 300)),
+        (2, 3, inputs),
+        (inputs,),
+    ]:
+        x = torch.randn(shape).to(dtype)
+        turned = x.T.contiguous().T if x.ndim == 2 else x
+        with torch.inference_mode():
+            want = x.double() @ full.weight.double().T + (full.bias.double() if bias else 0)
+            for y in (blocked(x), blocked(turned)):
+                assert (y.shape, y.dtype) == (want.shape, dtype)
+                close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {
+                    "rtol": 2 * ROUNDING, "atol": 2 * ROUNDING}  # fmt: skip
+                torch.testing.assert_close(y.double(), want, **close)
+
+
+@needs_blocks
+@pytest.mark.parametrize("family", ["llava_onevision_tied", "llava"])
+def test_a_model_in_blocks_gives_the_same_tokens(oracle: Callable, family: str) -> None:
+    """Alone and in batches, dense and sparse; logits within rounding."""
+    folder: Path = oracle(family).folder
+    full, packed = zipvl.load(folder), zipvl.load(folder, weights="packed")
+    prompts = ["What happens?", "Which long question is the first of all of these?", "a b c d e"]
+    for prompt in prompts:
+        torch.testing.assert_close(full.logits(prompt), packed.logits(prompt), rtol=1e-4, atol=1e-4)
+    for method in ("dense", "zipvl:tau=0.9", "fixed:ratio=0.5"):
+        for asked in (prompts[:1], prompts, prompts * 3):
+            a, b = (e.generate([e.prepare(p) for p in asked], method, max_new_tokens=6,
+                               ignore_eos=True) for e in (full, packed))  # fmt: skip
+            assert [x.tokens for x in a] == [x.tokens for x in b]
+
+
+@needs_blocks
+def test_the_demo_model_in_blocks_answers_the_same() -> None:
+    full, packed = (
+        zipvl.load(device="cpu", dtype="float32", weights=w) for w in ("full", "packed")
+    )
+    clip, asked = str(zipvl.demo_clip()), ("List all objects in order.", "What comes first?")
+    batches = [[e.prepare(p, video=clip, frames=n) for p in asked for n in (4, 8)]
+               for e in (full, packed)]  # fmt: skip
+    for method in ("dense", "zipvl"):
+        a, b = (e.generate(batch, method, max_new_tokens=24)
+                for e, batch in zip((full, packed), batches, strict=True))  # fmt: skip
+        assert [x.text for x in a] == [x.text for x in b]
+
+
+@needs_blocks
+@pytest.mark.parametrize(("family", "tied"), [("llava_onevision_tied", True), ("llava", False)])
+def test_blocks_replace_the_weight(oracle: Callable, family: str, tied: bool) -> None:
+    """Only an embedding that is the head stays beside them; the tower is left alone."""
+    model = zipvl.load(oracle(family).folder).model
+    before, head = held(model), model.lm_head.weight.nbytes
+    grown = pack_weights(model, "packed")
+    assert grown == held(model) - before == (head if tied else 0)
+    left = [n for n, m in model.named_modules() if type(m) is Linear]
+    assert all(n.startswith(("vision", "projector")) for n in left)
+    assert isinstance(model.lm_head, BlockedLinear)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_blocks_are_refused_where_no_product_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "cannot use packed weights in float64: leave out --weights, or use --dtype float32"
+    with pytest.raises(UsageError, match=said):
+        check_kind("packed", torch.device("cpu"), torch.float64)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # as PyTorch without oneDNN
+    with pytest.raises(UsageError, match="cannot use packed weights in float32"):
+        check_kind("packed", torch.device("cpu"), torch.float32)

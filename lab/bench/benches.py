@@ -128,7 +128,7 @@ def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
                     "seconds": values, "steps": args.new, "seconds_per_step": spent,
                     "tokens_per_second": batch / spent, "bytes_per_step": moved,
                     "weight_bytes": m.weight_bytes,
-                    "packed_bytes": sum(p.packed_bytes for p in m.packs),
+                    "packed_bytes": m.held_bytes - model.held_bytes,
                     "read_bandwidth": bandwidth, "bandwidth_share": moved / spent / bandwidth,
                     **ratios(seconds, name),
                 })  # fmt: skip

@@ -3,7 +3,7 @@
     python bench.py prefill --tokens 2048,8192 --methods dense,fixed:ratio=0.3 --rival
     python bench.py prefill --tokens 2048,8192 --compile
     python bench.py decode  --tokens 2048,8192 --batch 1,8 --ratios 1,0.3 --rival
-    python bench.py decode  --tokens 2048 --batch 1,2 --weights full,int8,int4
+    python bench.py decode  --tokens 2048 --batch 1,2 --weights full,packed,int8,int4
     python bench.py projections --tokens 8192 --ratios 1,0.3
     python bench.py linear
     python bench.py batch   --tokens 2048 --batch 1,2,4,8 --ratios 1,0.3
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--video", type=Path, help="e2e: a file; default the bundled clip")
     add("--model", help="e2e: a checkpoint instead of a random model")
     add("--weights", type=lambda text: text.split(","), default=["full"],
-        help="decode: full, int8, int4; these beside the others in one run")  # fmt: skip
+        help="decode: full, packed, int8, int4; these beside the others in one run")  # fmt: skip
     add(
         "--compile",
         action="store_true",
@@ -90,7 +90,7 @@ def work(argv: list[str] | None) -> None:
     for method in args.methods:
         load_policy(method)
     for kind in args.weights:
-        check_kind(kind, device)
+        check_kind(kind, device, DTYPES[args.dtype])
     report = measure(args)
     for row in report["rows"]:
         print(line(row))

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from zipvl.config import TextConfig
 from zipvl.engine.engine import CHUNK, Step
-from zipvl.engine.speed import PACKED_ROWS, PackedLinear, check_kind, compile_rows, pack_weights
+from zipvl.engine.speed import (
+    PACKED_ROWS,
+    PackedLinear,
+    check_kind,
+    compile_rows,
+    held,
+    pack_weights,
+)
 from zipvl.engine.stats import Counted, Recorder
 from zipvl.linear import Linear
 from zipvl.model import kernels
@@ -72,8 +79,8 @@ class Model:
         return twin
 
     def packed(self, kind: str) -> "Model":
-        """The same tensors, and copies of the linear layers' in `kind` for decoding."""
-        check_kind(kind, self.device)
+        """The same tensors, and those of the linear layers in `kind`."""
+        check_kind(kind, self.device, self.dtype)
         return self.twin(lambda both: pack_weights(both, kind))
 
     def compiled(self) -> "Model":
@@ -97,6 +104,11 @@ class Model:
     def packs(self) -> list[PackedLinear]:
         modules = (*self.decoder.modules(), self.lm_head)
         return [m for m in modules if isinstance(m, PackedLinear)]
+
+    @property
+    def held_bytes(self) -> int:
+        """Of weights and packed copies, each once."""
+        return held(nn.ModuleDict({"text": self.decoder, "head": self.lm_head}))
 
     def step_bytes(self, batch: int) -> int:
         """Bytes of weights that a decode step of `batch` sequences reads."""

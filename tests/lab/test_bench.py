@@ -177,6 +177,16 @@ def test_decode_with_packed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert 0.999 < near < 1
 
 
+def test_decode_with_weights_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They replace the layers' weights; the head is the embedding, too, and so stays beside."""
+    words = ["decode", "--tokens", "40", "--batch", "6", "--weights", "full,packed", "--new", "2"]
+    full, packed = run(words, tmp_path, monkeypatch)
+    model = Model("tiny", "cpu", torch.float32, "auto", None)
+    assert full["packed_bytes"] == 0
+    assert packed["packed_bytes"] == model.lm_head.weight.nbytes
+    assert packed["bytes_per_step"] == full["bytes_per_step"]
+
+
 def test_figures_from_raw_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each figure's file appears; what it draws as a ceiling is dense without attention."""
     pytest.importorskip("matplotlib")

@@ -29,7 +29,7 @@ def load(
 
     `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn`
     forces an attention backend, `template` a prompt template (a built-in name or a .jinja file).
-    `weights` int8 or int4 gives a model on a CPU packed copies for decoding.
+    `weights` packed lays them out for a CPU's products; int8 or int4 adds copies for decoding.
     `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
     Raises ModelError, UsageError.
     """
@@ -38,7 +38,7 @@ def load(
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     if weights != "full":
-        check_kind(weights, place)
+        check_kind(weights, place, kind)
     backend, attend = kernels.pick(attn, place, kind, config.text.head_dim)
     chat = Chat.from_folder(folder, config, template)
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
