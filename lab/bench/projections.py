@@ -1,6 +1,7 @@
 """The forms of a matrix product with few rows, and what projecting kept tokens only saves."""
 
 import argparse
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -8,46 +9,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zipvl.engine.speed import FEW_ROWS
 from zipvl.linear import EMULATED, widened
 from zipvl.model.attention import Attention
 from zipvl.model.batch import Batch
 
 from .model import Model
-from .timing import Factory, Row, interleaved, ratios
+from .timing import Factory, Row, interleaved, product_peak, ratios, read_bandwidth
 
-FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "F.linear": lambda w, x: F.linear(x, w),
-    "mm(W, x.T).T": lambda w, x: torch.mm(w, x.T).T,
-    "mv": lambda w, x: torch.mv(w, x[0]),
-    "widened": lambda w, x: widened(x, w, None),
+Form = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # once; a product
+
+
+def as_it_is(w: Tensor) -> Tensor:
+    return w
+
+
+def blocks(w: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(w, FEW_ROWS)
+
+
+def onednn(w: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+FORMS: dict[str, Form] = {
+    "F.linear": (as_it_is, lambda w, x: F.linear(x, w)),
+    "mm(W, x.T).T": (as_it_is, lambda w, x: torch.mm(w, x.T).T),
+    "mv": (as_it_is, lambda w, x: torch.mv(w, x[0])),
+    "widened": (as_it_is, lambda w, x: widened(x, w, None)),
+    "x W.T, transposed once": (lambda w: w.T.contiguous(), lambda w, x: x @ w),
+    "oneDNN": (as_it_is, onednn),
+    "oneDNN, packed once": (blocks, onednn),
 }
+
+
+def usable(name: str, dtype: torch.dtype) -> bool:
+    """Whether this machine has the form, and it says something."""
+    emulated = EMULATED and dtype.itemsize == 2
+    prepare, product = FORMS[name]
+    try:
+        product(prepare(torch.ones(16, 16, dtype=dtype)), torch.ones(1, 16, dtype=dtype))
+    except (RuntimeError, AttributeError):
+        return False
+    return emulated or name != "widened"
 
 
 @torch.inference_mode()
 def bench_linear(model: Model, args: argparse.Namespace) -> list[Row]:
     """The forms of a matrix product with few rows, over all linear layers of the model."""
     weights = [m.weight for m in model.decoder.modules() if isinstance(m, torch.nn.Linear)]
-    moved = sum(w.nbytes for w in weights)
+    moved, pairs = sum(w.nbytes for w in weights), sum(w.numel() for w in weights)
+    bandwidth = read_bandwidth(model.device, args.clock)
+    peak = product_peak(model.device, model.dtype, args.clock)
+    names = [name for name in FORMS if usable(name, model.dtype)]
+    laid = {name: list(map(FORMS[name][0], weights)) for name in names}
     rows = []
     for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        xs = {w.shape[1]: torch.randn(count, w.shape[1], dtype=model.dtype) for w in weights}
-        left_out = {"mv"} if count > 1 else set()
-        left_out |= set() if EMULATED and model.dtype.itemsize == 2 else {"widened"}
-        forms = {name: form for name, form in FORMS.items() if name not in left_out}
+        xs = [torch.randn(count, w.shape[1], dtype=model.dtype) for w in weights]
         runs: dict[str, Factory] = {
-            name: partial(every_product, form, weights, xs) for name, form in forms.items()
-        }
+            name: partial(every_product, FORMS[name][1], laid[name], xs)
+            for name in names if count == 1 or name != "mv"
+        }  # fmt: skip
         seconds = interleaved(model.device, args.clock, runs, args.repeats)
-        rows += [
-            {"bench": "linear", "rows": count, "run": name, "seconds": values,
-             "bytes_per_second": moved / min(values), **ratios(seconds, name)}
-            for name, values in seconds.items()
-        ]  # fmt: skip
+        for name, values in seconds.items():
+            spent = statistics.median(values)
+            rows.append({
+                "bench": "linear", "rows": count, "run": name, "seconds": values,
+                "read_bandwidth": bandwidth, "bandwidth_share": moved / spent / bandwidth,
+                "peak_flops": peak, "peak_share": 2 * count * pairs / spent / peak,
+                **ratios(seconds, name),
+            })  # fmt: skip
     return rows
 
 
-def every_product(form: Callable, weights: list[Tensor], xs: dict[int, Tensor]) -> Callable:
-    return lambda: [form(w, xs[w.shape[1]]) for w in weights]
+def every_product(product: Callable, weights: list[Tensor], xs: list[Tensor]) -> Callable:
+    return lambda: [product(w, x) for w, x in zip(weights, xs, strict=True)]
 
 
 @torch.inference_mode()
