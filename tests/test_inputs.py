@@ -33,10 +33,10 @@ def test_the_same_features_and_answer(
 
 
 def test_frames_again(oracle: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clip may show a frame twice; what a first attempt at a damaged file gave is forgotten."""
+    """What a first attempt at a damaged file gave is forgotten, and no frame comes twice."""
     engine = zipvl.load(oracle("llava_onevision").folder, device="cpu", dtype="float32")
     video = np.random.default_rng(1).integers(0, 256, (6, 40, 60, 3), dtype=np.uint8)
-    want = engine.encode(engine.prepare("", video=video[[0, 0, 1, 2, 2, 3, 4, 5]], frames=8))[0]
+    want = engine.encode(engine.prepare("", video=video, frames=8))[0]
     for held in (100, 4):
         monkeypatch.setattr(engine_inputs, "HELD", held)
         buffer, reading = FrameBuffer(engine.model), Reading(video, frames=8)

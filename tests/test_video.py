@@ -76,7 +76,8 @@ def test_frames_are_those_of_ffmpeg(video: Video, name: str) -> None:
     expected = reference(path, *clip.frames.shape[1:3])
     assert clip.total == len(expected)
     assert total in (None, clip.total)
-    assert list(clip.indices) == np.linspace(0, clip.total - 1, count, dtype=int).tolist()
+    taken = min(count, clip.total)
+    assert list(clip.indices) == np.linspace(0, clip.total - 1, taken, dtype=int).tolist()
     for index, picture in zip(clip.indices, clip.frames, strict=True):
         assert number(picture) == number(expected[index])
         assert np.abs(picture.astype(int) - expected[index]).mean() <= tolerance
@@ -233,7 +234,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: path.write_text("ffconcat version 1.0\nfile other.mp4\n"),
         "not a readable video",
     ),
-    "huge.mp4": (lambda path: huge_png(path, 12000), "12000 x 12000"),
+    "huge.mp4": (lambda path: huge_png(path, 12000), "more than 134217728 pixels"),
     "nul\0.mp4": (lambda path: None, "path"),
 }
 
@@ -325,7 +326,7 @@ def test_interval_and_rate(video: Video) -> None:
     assert read_video(path, frames=None, fps=1).indices == (0, 25, 50, 75)
     assert read_video(path, frames=8, fps=2, start=1).indices == (25, 37, 50, 62, 75, 87)
     assert read_video(path, frames=3, fps=25).indices == (0, 49, 99)
-    assert read_video(path, frames=4, start=3.9, end=9).indices == (98, 98, 98, 99)
+    assert read_video(path, frames=4, start=3.9, end=9).indices == (98, 99)
     assert read_video(path, frames=1, start=3.99).indices == (99,)
     with pytest.raises(UsageError, match=r"start 4 .*h264\.mp4"):
         read_video(path, start=4)
@@ -366,7 +367,7 @@ def test_fit_and_progress(video: Video) -> None:
         seen.clear()
         calls.clear()
         clip = read_video(video(name), frames=6, fit=fit, progress=calls.append)
-        assert clip.frames.shape == (6, 32, 24, 3)
+        assert clip.frames.shape == (1 if name == "one.mp4" else 6, 32, 24, 3)
         assert seen == [((64, 96, 3), np.uint8)] * len(set(clip.indices))
         assert calls == [1] * len(set(clip.indices))
     with pytest.raises(ZeroDivisionError):  # an error of `fit` is the caller's, and leaves no lock
@@ -457,8 +458,8 @@ def test_arrays() -> None:
     assert read_video(array, frames=None).indices == tuple(range(10))
     assert read_video(array, frames=3, start=4, end=6).indices == (4, 5, 6)
     more = read_video(array[:2], frames=5)
-    assert more.indices == (0, 0, 0, 0, 1)
-    assert "repeated" in more.warning
+    assert more.indices == (0, 1)
+    assert more.warning == "5 frames of the video array were asked for, only 2 are there"
     assert isinstance(more, Clip)
     shapes = [(0, 4, 4, 3), (2, 0, 4, 3), (4, 4, 3), (2, 4, 4, 4), ()]
     for bad in [*(np.zeros(s, np.uint8) for s in shapes), np.zeros((2, 4, 4, 3), np.float32)]:
@@ -484,20 +485,20 @@ def test_sample_properties(times, frames, fps, start, end) -> None:
         i for i, t in enumerate(times)
         if (start is None or t >= start - 1e-6) and (end is None or t <= end + 1e-6)
     ]  # fmt: skip
+    assert len(set(rows)) == len(rows)
     if not inside:  # between two frames or behind the last: the one on screen
-        assert set(rows) == {max(i for i, t in enumerate(times) if t <= (start or 0) + 1e-6)}
+        assert rows == [max(i for i, t in enumerate(times) if t <= (start or 0) + 1e-6)]
         return
     assert set(rows) <= set(inside)
     assert rows[0] == inside[0]
+    count = min(frames or 0, len(inside))
     uniform = [
-        inside[0] + i * (inside[-1] - inside[0]) // max(1, (frames or 1) - 1)
-        for i in range(frames or 0)
+        inside[0] + i * (inside[-1] - inside[0]) // max(1, count - 1) for i in range(count)
     ]
     if fps is None:
         assert rows == (uniform if frames else inside)
     else:
         assert frames is None or len(rows) <= frames
-        assert len(rows) == len(set(rows)) or rows == uniform
 
 
 @settings(deadline=None)

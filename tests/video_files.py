@@ -4,6 +4,7 @@ Every frame shows its number in twelve black or white blocks, so a test reads fr
 frame it was given, whatever codec, container, edit list or timestamps lie between.
 """
 
+import io
 import os
 import shutil
 import struct
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from zipvl.vision.video import Clip, Reading
 
@@ -142,6 +144,68 @@ def huge_png(path: Path, side: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
 
 
+def box(kind: bytes, *parts: bytes) -> bytes:
+    """One box of an MP4."""
+    body = b"".join(parts)
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def words(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}I", *values)
+
+
+def table_bomb(samples: int, handler: bytes = b"vide", **tables: bytes) -> bytes:
+    """An MP4 of some 700 bytes whose one track claims `samples` of one byte each.
+
+    `tables` replace its own by name: stts, stsz, stsc, stco, without version and flags.
+    """
+    matrix = words(0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    ftyp, mdat = box(b"ftyp", b"isom\0\0\2\0isommp41"), box(b"mdat", bytes(64))
+    entry = struct.pack(">6xH16xHHIIIH32sHh", 1, 16, 16, 0x480000, 0x480000, 0, 1, b"", 24, -1)
+    sound = struct.pack(">6xH8xHHIHH", 1, 1, 8, 0, 8000, 0)
+    kinds = {
+        "stsd": words(1) + (box(b"raw ", sound if handler == b"soun" else entry)),
+        "stts": words(1, samples, 1),
+        "stsz": words(1, samples),
+        "stsc": words(1, 1, samples, 1),
+        "stco": words(1, len(ftyp) + 8),
+    } | tables
+    stbl = box(b"stbl", *(box(k.encode(), bytes(4), v) for k, v in kinds.items()))
+    head = box(b"smhd", bytes(8)) if handler == b"soun" else box(b"vmhd", bytes(12))
+    url = box(b"dinf", box(b"dref", words(0, 1), box(b"url ", words(1))))
+    mdhd = box(b"mdhd", words(0, 0, 0, 1000, 1000, 0x55C40000))
+    hdlr = box(b"hdlr", struct.pack(">II4s12x", 0, 0, handler), b"v\0")
+    mdia = box(b"mdia", mdhd, hdlr, box(b"minf", head, url, stbl))
+    sizes = words(16 << 16, 16 << 16)
+    tkhd = box(b"tkhd", words(0, 0, 0, 1, 0, 1000), bytes(16), matrix, sizes)
+    mvhd = box(b"mvhd", words(0, 0, 0, 1000, 1000, 0x10000, 0x1000000), bytes(8), matrix,
+               bytes(24), words(2))  # fmt: skip
+    return ftyp + mdat + box(b"moov", mvhd, box(b"trak", tkhd, mdia))
+
+
+def growing_avi(path: Path, small: int, large: int, frames: int) -> None:
+    """An AVI of PNG pictures: half of them as large as the header says, half of them larger."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return kind + struct.pack("<I", len(body)) + body + b"\0" * (len(body) & 1)
+
+    def png(side: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("RGB", (side, side)).save(file, "PNG")
+        return file.getvalue()
+
+    half = frames // 2
+    body = [png(small)] * half + [png(large)] * half
+    avih = struct.pack("<14I", 40000, 0, 0, 16, frames, 0, 1, 0, small, small, 0, 0, 0, 0)
+    strh = struct.pack("<4s4sIHHIIIIIIII4H", b"vids", b"MPNG", 0, 0, 0, 0, 1, 25, 0, frames,
+                       0, 0, 0, 0, 0, small, small)  # fmt: skip
+    strf = struct.pack("<IiiHH4sIiiII", 40, small, small, 1, 24, b"MPNG", small**2 * 3, 0, 0, 0, 0)
+    strl = chunk(b"LIST", b"strl" + chunk(b"strh", strh) + chunk(b"strf", strf))
+    hdrl = chunk(b"LIST", b"hdrl" + chunk(b"avih", avih) + strl)
+    movi = chunk(b"LIST", b"movi" + b"".join(chunk(b"00dc", picture) for picture in body))
+    path.write_bytes(chunk(b"RIFF", b"AVI " + hdrl + movi))
+
+
 def read_video(
     source: str | os.PathLike | np.ndarray,
     frames: int | None = 32,
@@ -157,7 +221,7 @@ def read_video(
     pictures: list[np.ndarray] = []
     for attempt in reading:
         pictures = [fit(frame) for frame in attempt]
-    return reading.clip(np.stack([pictures[place] for place in reading.places]))
+    return reading.clip(np.stack(pictures))
 
 
 @pytest.fixture(scope="session")

@@ -87,10 +87,10 @@ def read_clip(
     if isinstance(source, Media):
         return source, 0.0
     if isinstance(source, np.ndarray) and frames is not None:
-        frames = min(frames, max(1, len(source)))  # chosen already: none is repeated
+        frames = min(frames, max(1, len(source)))  # chosen already: no word where they are fewer
     buffer = FrameBuffer(model)
-    with progress("read frames", frames or 0) as step:
-        reading = Reading(source, frames, fps, start, end, step, reader)
+    reading = Reading(source, frames, fps, start, end, reader=reader)
+    with progress("read frames", len(reading.targets)) as reading.progress:
         for some in reading:
             buffer.fill(some)
     return buffer.media(reading), buffer.seconds
@@ -126,16 +126,14 @@ class FrameBuffer:
         self.seconds += time.perf_counter() - began
 
     def media(self, reading: Reading) -> Media:
-        """The video whose frames were taken; some may stand in it more than once."""
-        config, places, features = self.model.config, reading.places, None
-        tokens = count_tokens_video(len(places), config.media, config.vision)
-        pixels = self.pixels.numpy()[[] if self.parts else places]  # a copy
+        """The video whose frames were taken."""
+        config, features = self.model.config, None
+        tokens = count_tokens_video(len(reading.targets), config.media, config.vision)
+        pixels = self.pixels.numpy()[: 0 if self.parts else self.waiting].copy()
         if self.parts:
             if self.waiting:
                 self.encode()
             x, self.parts = torch.cat(self.parts), []
-            if len(places) > len(x):  # else no second copy of a long video
-                x = x[torch.tensor(places)]
             with torch.inference_mode():
                 features = merge_video(x, config.media, self.model.image_newline)
         clip = reading.clip(pixels)

@@ -8,7 +8,6 @@ anyres  NeXT, OneVision, LongVA     the whole picture squashed, then the tiles o
 import math
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from ..config import MediaConfig
 from ..errors import MediaError
+from .source import check_size, opened_image
 
 BICUBIC = Image.Resampling.BICUBIC
-MAX_SIDE = 65535  # what JPEG can hold; longer sides are mistakes or attacks
 EXACT_SIDE = 8192  # past it (aspect over 24:1) a shortcut bounds memory and moves some greys
 
 
@@ -40,37 +39,43 @@ class Geometry:
 
 
 def open_image(source: str | PathLike[str] | Image.Image) -> Image.Image:
-    """RGB picture, first frame, turned as its EXIF says, alpha dropped, 16-bit greys scaled.
+    """RGB picture, first frame, turned as its EXIF says, 16-bit shades scaled, on white where it is
+    transparent.
 
     Raises MediaError for whatever is no readable picture: missing, a folder, text, cut short,
-    empty, or larger than Pillow's decompression-bomb limit.
+    empty, of another format than FORMATS, of more than MAX_PIXELS, of shades without a known white.
     """
-    try:
-        if isinstance(source, Image.Image):
-            return _rgb(source, "the picture")
-        if not Path(source).is_file():
-            raise MediaError(f"{source} is not a file: give the path of a picture")
-        with Image.open(source) as image:
-            return _rgb(image, str(source))
-    except MediaError:
-        raise
-    except Exception as e:  # Pillow's decoders raise anything, from SyntaxError to struct.error
-        name = "the picture" if isinstance(source, Image.Image) else repr(source)
-        raise MediaError(
-            f"{name} cannot be read as a picture ({e}): try to open it in a viewer, save it again"
-        ) from None
-
-
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    if not (0 < image.width <= MAX_SIDE and 0 < image.height <= MAX_SIDE):
-        raise MediaError(
-            f"{name} is {image.width} x {image.height} pixels: "
-            f"sides of 1 to {MAX_SIDE} are supported"
+    with opened_image(source) as (image, name):
+        image.load()
+        check_size(image, name)  # some formats learn it only now
+        deep = image.mode.startswith("I;16") or (
+            image.mode == "I" and image.format in ("PNG", "PPM")
         )
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would clip nearly all of it to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+        if image is source:
+            image = ImageOps.exif_transpose(image)
+        else:  # ours: no copy
+            ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image, deep, name)
+
+
+def _rgb(image: Image.Image, deep: bool, name: str) -> Image.Image:
+    if deep:  # convert() would clip nearly all of it to white
+        grey = np.asarray(image)
+        shades = (grey >> 8).astype(np.uint8)
+        shades[grey == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(shades).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise MediaError(
+            f"{name} has 32-bit shades, and which of them is white is not known: save it with 8 or "
+            "16 bits"
+        )
+    if image.mode not in ("RGBA", "LA"):
+        if image.mode not in ("PA", "RGBa", "La") and "transparency" not in image.info:
+            return image if image.mode == "RGB" else image.convert("RGB")
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    ground = Image.new("RGB", image.size, "white")
+    ground.paste(image, mask=image)  # no copy on the way: pictures may fill half a gigabyte
+    return ground
 
 
 def fit_frame(frame: np.ndarray, media: MediaConfig) -> np.ndarray:

@@ -10,8 +10,7 @@ table of its frames, and only then decoded, from the keyframe before each frame 
 
 import math
 import os
-import re
-import stat
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -21,9 +20,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import MediaError, UsageError
+from .boxes import check_tables
+from .source import MAX_PIXELS, local_file, named
 
 READERS = ("pyav", "decord")
 MAX_FPS = 1000.0
+MAX_FRAMES = 2**17  # of a clip: what a model looks at, not what a file holds
 SLACK = 1e-6  # seconds: timestamps are ticks times a fraction, and users type 3.3
 # What a file may be taken for. Playlists (hls, concat, dash) are left out: they open other files.
 DEMUXERS = (
@@ -31,7 +33,7 @@ DEMUXERS = (
     "hevc,obu,m4v,mjpeg,mxf,nut,rm,wtv,dv,yuv4mpegpipe,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
 )
 SEEKABLE = ("mov", "matroska", "avi")  # program and transport streams have no index
-MAX_PIXELS = 2**27  # of one frame, 16K video: a forged header must not fill the memory
+THREADED_PIXELS = 8192 * 4320  # of a frame where each thread holds one; larger come one by one
 
 Frames = Generator[tuple[np.ndarray, bool], None, None]  # uint8 [h, w, 3], is it intact
 
@@ -41,13 +43,13 @@ class Clip:
     """Sampled frames of one video, in order; frame numbers and times are the source's own."""
 
     frames: np.ndarray  # uint8 [F, H, W, 3] after resizing
-    indices: tuple[int, ...]  # [F] frame numbers in presentation order; repeated when F > total
+    indices: tuple[int, ...]  # [F] frame numbers in presentation order, each once
     times: tuple[float, ...]  # [F] seconds from the first frame of the source
     fps: float  # average frame rate of the source
     duration: float  # of the source, seconds
     total: int  # frames in the source
     decoder: str  # pyav | decord | array
-    warning: str = ""  # one sentence when something was repaired
+    warning: str = ""  # one line when something was repaired or is not as it was asked for
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,17 @@ class Index:
     """Frames of one source in presentation order."""
 
     path: str
-    times: tuple[float, ...]  # seconds from the first frame [frames]
+    times: np.ndarray  # float64 [frames], seconds from the first frame
     duration: float  # seconds
     promised: int  # frames by the header, more than the table has when the file was cut short
     ticks: np.ndarray  # int64 [frames], timestamps in container units
     counted: bool = True  # frames are known by their rank, because the timestamps mislead
     keys: Sequence[int] = ()  # ticks where decoding may start; none: only at the beginning
+    note: str = ""  # what is odd about the table, for Clip.warning
+
+    @property
+    def name(self) -> str:
+        return named(self.path)
 
 
 class Reading:
@@ -68,8 +75,8 @@ class Reading:
 
         reading = Reading("film.mp4", frames=64)
         for frames in reading:
-            taken = [work(frame) for frame in frames]  # uint8 [h, w, 3], each different one once
-        clip = reading.clip(np.stack([taken[place] for place in reading.places]))
+            taken = [work(frame) for frame in frames]  # uint8 [h, w, 3]
+        clip = reading.clip(np.stack(taken))
 
     Frames come one by one as they are decoded, so that memory grows neither with the file's
     resolution nor its length. Threads over frames are fast but lose healthy frames next to a
@@ -99,14 +106,27 @@ class Reading:
             index, self.decoder = read_index(local_file(source)), reader
         if start is not None and start >= index.duration:
             raise UsageError(
-                f"start {start:g} lies behind the end of {index.path}: give a moment before "
+                f"start {start:g} lies behind the end of {index.name}: give a moment before "
                 f"{index.duration:.2f} s"
             )
-        self.index, self.progress = index, progress
-        rows = sample(index.times, frames, fps, start, end)
-        targets, places = np.unique(rows, return_inverse=True)
-        self.targets: list[int] = targets.tolist()  # rows of the frames that come
-        self.places: list[int] = places.tolist()  # [F] where in these each frame of the clip is
+        self.index, self.progress, self.notes = index, progress, [index.note]
+        self.targets = sample(index.times, frames, fps, start, end)  # rows of the frames that come
+        if len(self.targets) > MAX_FRAMES:
+            raise UsageError(
+                f"{len(self.targets)} frames of {index.name} are asked for, at most {MAX_FRAMES} "
+                "may be: give frames, a lower fps, or start and end"
+            )
+        if frames is not None and fps is None and len(self.targets) < frames:
+            self.notes.append(
+                f"{frames} frames of {index.name} were asked for, only {len(self.targets)} are there"
+            )
+        elif frames is not None and fps is not None:
+            every = len(sample(index.times, None, fps, start, end))
+            if every > frames:
+                self.notes.append(
+                    f"{fps:g} frames a second of {index.name} are {every}: {frames} were taken, "
+                    "spread evenly"
+                )
         self.decoded = self.intact = self.reported = 0  # frames: in this attempt; in any
         if isinstance(source, np.ndarray):
             self.attempts: list[Frames] = [((source[i], True) for i in self.targets)]
@@ -122,7 +142,10 @@ class Reading:
             if self.intact == len(self.targets):
                 return
         if not self.decoded:
-            raise MediaError(f"{self.index.path} has no frame that decodes: download it again")
+            raise MediaError(
+                f"{self.index.name} has no frame that decodes: it is damaged, of a kind that FFmpeg "
+                f"does not read, or its frames have more than {MAX_PIXELS} pixels"
+            )
 
     def _frames(self, attempt: Frames) -> Iterator[np.ndarray]:
         self.decoded = self.intact = 0
@@ -136,35 +159,33 @@ class Reading:
 
     def clip(self, frames: np.ndarray) -> Clip:
         """What was read, with `frames` [F, ...] made of it."""
-        index, rows = self.index, [self.targets[place] for place in self.places]
+        index, rows = self.index, self.targets
         return Clip(
             frames=frames,
             indices=tuple(rows),
-            times=tuple(index.times[i] for i in rows),
+            times=tuple(index.times[rows].tolist()),
             fps=len(index.times) / index.duration,
             duration=index.duration,
             total=len(index.times),
             decoder=self.decoder,
-            warning=_warning(index, len(rows), len(self.targets), self.intact),
+            warning="; ".join(filter(None, [self._repairs(), *self.notes])),
         )
 
-
-def _warning(index: Index, wanted: int, distinct: int, intact: int) -> str:
-    """What was repaired, in one sentence; empty if nothing."""
-    total, lost = len(index.times), distinct - intact
-    if index.promised > total:
-        found = f"decoded {total - lost} of {index.promised} frames of {index.path}"
-        return f"{found}: it is damaged or cut short"
-    if lost:
-        found = f"decoded {intact} of {distinct} frames of {index.path} intact"
-        return f"{found}: it is damaged, the others are neighbours or show the damage"
-    if wanted > distinct:
-        return f"frames of {index.path} were repeated to make {wanted}: only {distinct} are there"
-    return ""
+    def _repairs(self) -> str:
+        """What was repaired, in one sentence; empty if nothing."""
+        index, wanted, total = self.index, len(self.targets), len(self.index.times)
+        lost = wanted - self.intact
+        if index.promised > total:
+            found = f"decoded {total - lost} of {index.promised} frames of {index.name}"
+            return f"{found}: it is damaged or cut short"
+        if lost:
+            found = f"decoded {self.intact} of {wanted} frames of {index.name} intact"
+            return f"{found}: it is damaged, the others are neighbours or show the damage"
+        return ""
 
 
 def sample(
-    times: Sequence[float],
+    times: Sequence[float] | np.ndarray,
     frames: int | None = 32,
     fps: float | None = None,
     start: float | None = None,
@@ -172,10 +193,10 @@ def sample(
 ) -> list[int]:
     """Ascending rows of `times` (ascending seconds, not empty) to look at, within [start, end].
 
-    Uniform: `np.linspace(first, last, frames, dtype=int)`, as LongVA and LLaVA-OneVision do; rows
-    repeat when there are fewer. With `fps`: the frame nearest to each moment of that grid, each
-    frame once, and uniform when that gives more than `frames`. None for both: every frame. An
-    interval between two frames gives the one on screen. UsageError for impossible values.
+    Uniform: `np.linspace(first, last, frames, dtype=int)`, as LongVA and LLaVA-OneVision do, or
+    every frame where there are fewer. With `fps`: the frame nearest to each moment of that grid,
+    and uniform when that gives more than `frames`. None for both: every frame. An interval between
+    two frames gives the one on screen. UsageError for impossible values.
     """
     _check(frames, fps, start, end)
     first = 0 if start is None else bisect_left(times, start - SLACK)
@@ -190,13 +211,13 @@ def sample(
         moments = np.floor(borders * fps + SLACK)
         rows = rows[np.diff(moments, prepend=-1) > 0]
     if frames is not None and (fps is None or len(rows) > frames):
-        rows = np.linspace(first, last, frames, dtype=int)
+        rows = np.linspace(first, last, min(frames, last - first + 1), dtype=int)
     return rows.tolist()
 
 
 def _check(frames: int | None, fps: float | None, start: float | None, end: float | None) -> None:
-    if frames is not None and frames < 1:
-        raise UsageError(f"frames is {frames}: give 1 or more")
+    if frames is not None and not 1 <= frames <= MAX_FRAMES:
+        raise UsageError(f"frames is {frames}: give 1 to {MAX_FRAMES}")
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise UsageError(f"fps is {fps}: give frames a second, above 0 and at most {MAX_FPS:.0f}")
     for name, value in (("start", start), ("end", end)):
@@ -209,67 +230,53 @@ def _check(frames: int | None, fps: float | None, start: float | None, end: floa
 # --- the table of frames -----------------------------------------------------------------------
 
 
-def _array_index(array: np.ndarray) -> Index:
+def _array_index(video: np.ndarray) -> Index:
     """The table of an array of frames, one a second."""
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.size:
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or not video.size:
         raise MediaError(
-            f"the video array is {array.dtype} {list(array.shape)}: give uint8 [F, h, w, 3], F >= 1"
+            f"the video array is {video.dtype} {list(video.shape)}: give uint8 [F, h, w, 3], F >= 1"
         )
-    times = tuple(map(float, range(len(array))))
-    return Index("the video array", times, float(len(array)), len(array), np.arange(len(array)))
-
-
-def local_file(source: str | os.PathLike) -> str:
-    """`source` as the path of a readable regular file; MediaError says what else it is."""
-    try:
-        path = os.fspath(source)
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", path):
-            raise MediaError(f"{path} is not a local file: download it and give its path") from None
-        raise MediaError(f"{path} does not exist: check the path") from None
-    except (OSError, TypeError, ValueError) as e:
-        raise MediaError(
-            f"the video {source!r:.200} is no path of a file that can be read: {e}"
-        ) from None
-    if stat.S_ISDIR(mode):
-        raise MediaError(f"{path} is a directory: give the path of one video file")
-    if not stat.S_ISREG(mode):
-        raise MediaError(f"{path} is a pipe or a device: save the video to a regular file first")
-    if not os.access(path, os.R_OK):
-        raise MediaError(f"{path} may not be read: change its permissions")
-    if not os.path.getsize(path):
-        raise MediaError(f"{path} is empty: copy or download it again")
-    return path
+    ranks = np.arange(len(video))
+    return Index("the video array", ranks.astype(float), float(len(video)), len(video), ranks)
 
 
 @contextmanager
-def opened(path: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and first real video stream; no other file or address is ever opened."""
+def opened(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and first real video stream; no other file or address is ever opened.
+
+    Frames of more than `max_pixels` are refused by the decoder, whatever the header says.
+    """
+    name = named(path)
     try:
         import av
         from av.error import FFmpegError
-    except ImportError:
-        raise MediaError(f"{path} cannot be read without the package av: pip install av") from None
+    except ImportError as e:
+        raise MediaError(
+            f"{name} cannot be read without the package av ({e}): pip install av"
+        ) from None
+    limit = {"max_pixels": str(max_pixels)}
+    only = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
     try:
-        options = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
-        container = av.open(f"file:{path}", options=options)
+        container = av.open(f"file:{os.path.abspath(path)}", options=only | limit)
+    except MemoryError:
+        raise
     except (FFmpegError, OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise MediaError(
-            f"{path} is not a readable video ({reason}): it is damaged, cut short or no video"
+            f"{name} is not a readable video ({reason}): it is damaged, cut short or no video"
         ) from None
     with container:
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams or streams[0].codec_context is None:
-            raise MediaError(f"{path} has no video that can be decoded: give a file with pictures")
+            raise MediaError(f"{name} has no video that can be decoded: give a file with pictures")
         context = streams[0].codec_context
         if context.width * context.height > MAX_PIXELS:
             raise MediaError(
-                f"{path} declares frames of {context.width} x {context.height} pixels, more than "
+                f"{name} declares frames of {context.width} x {context.height} pixels, more than "
                 f"{MAX_PIXELS} in all: scale it down first"
             )
+        context.options = limit
         yield container, streams[0]
 
 
@@ -283,42 +290,58 @@ def _packets(container: Any) -> Iterator[Any]:
 
 def read_index(path: str) -> Index:
     """The table of frames of the video at `path`; MediaError where there are none."""
+    check_tables(path)
     with opened(path) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         h264 = stream.codec_context.codec.canonical_name == "h264"
-        stamps, keys, last, reach, torn = [], [], 0, 0.0, False
+        stamps, keys, ends = array("q"), array("q"), {stream.index: 0}
+        last, decoded, torn, timed, joined = 0, -math.inf, False, True, False
         for packet in _packets(container):
+            pts, at = packet.pts, packet.stream_index
             torn |= packet.is_corrupt
-            if packet.pts is not None:
-                reach = max(reach, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream is stream and not packet.is_discard:
-                stamps.append(packet.pts)
+            if pts is not None:
+                ends[at] = max(ends.get(at, pts), pts + (packet.duration or 0))
+            if at == stream.index and not packet.is_discard:
+                timed &= pts is not None
+                stamps.append(pts or 0)
                 last = packet.duration
-                if packet.is_keyframe and (not h264 or _is_idr(bytes(packet))):
-                    keys.append(packet.pts)
+                if packet.dts is not None:
+                    joined |= packet.dts < decoded
+                    decoded = packet.dts
+                if packet.is_keyframe and (not h264 or _is_idr(memoryview(packet))):
+                    keys.append(pts or 0)
         if not stamps:
-            raise MediaError(f"{path} has no frames: record or download it again")
+            raise MediaError(f"{named(path)} has no frames: record or download it again")
         kind = container.format.name.split(",")[0]
-        timed = None not in stamps
         # AVI stamps packets in decoding order: with B-frames the stamps name the wrong pictures.
-        counted = not timed or bool(kind == "avi" and stream.codec_context.has_b_frames)
-        ticks = np.unique(stamps) if timed else np.arange(len(stamps))
+        counted = kind == "avi" and bool(stream.codec_context.has_b_frames)
+        ticks, note = np.unique(stamps), ""
+        if timed and (joined or len(ticks) < len(stamps)):
+            timed, note = False, (
+                f"time stamps of {named(path)} jump back, as in joined files: its {len(stamps)} "
+                f"frames are counted, {rate:g} a second"
+            )
+        if not timed:
+            ticks, counted = np.arange(len(stamps)), True
         unit = float(stream.time_base) if timed else 1 / rate
-        times = tuple(((ticks - ticks[0]) * unit).tolist())
+        times = (ticks - ticks[0]) * unit
         length, start = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
+        bases = [s.time_base for s in container.streams]
+        reach = max((float(end * bases[at]) for at, end in ends.items()), default=0.0)
         short = torn or (timed and reach - start < 0.95 * length - 1 / rate)
         return Index(
             path=path,
             times=times,
-            duration=times[-1] + (last * unit if timed and last else 1 / rate),
+            duration=float(times[-1]) + (last * unit if timed and last else 1 / rate),
             promised=max(stream.frames, round(length * rate)) if short else len(ticks),
             ticks=ticks,
             counted=counted,
-            keys=sorted(set(keys)) if kind in SEEKABLE and not counted else (),
+            keys=np.unique(keys).tolist() if kind in SEEKABLE and not counted else (),
+            note=note,
         )
 
 
-def _is_idr(data: bytes) -> bool:
+def _is_idr(data: memoryview) -> bool:
     """Whether an H.264 packet (units behind 4-byte lengths) lets decoding start afresh.
 
     After other keyframes (intra refresh) pictures are incomplete.
@@ -342,6 +365,8 @@ def frames_of(container: Any, stream: Any) -> Iterator[Any]:
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
+            except MemoryError:
+                raise
             except FFmpegError:
                 frames = [None]
             yield from frames
@@ -387,7 +412,8 @@ def _from_key(container: Any, stream: Any, keys: Sequence[int], want: int) -> It
 
 def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
     """The targets, ascending; in a lost one's place the frame after it, or else the last."""
-    with opened(index.path) as (container, stream):
+    limit = THREADED_PIXELS if threads == "AUTO" else MAX_PIXELS
+    with opened(index.path, limit) as (container, stream):
         stream.thread_type = threads
         size = stream.codec_context.width, stream.codec_context.height
         source = enumerate(frames_of(container, stream))
@@ -423,15 +449,15 @@ def decord_frames(index: Index, targets: list[int]) -> Frames:
     try:
         import decord
     except (ImportError, OSError):
-        raise MediaError(f"{index.path} needs the package decord: pip install decord") from None
+        raise MediaError(f"{index.name} needs the package decord: pip install decord") from None
     decord.logging.set_level(decord.logging.QUIET)
-    with suppress(decord.DECORDError, RuntimeError, StopIteration):
+    with suppress(decord.DECORDError, RuntimeError, StopIteration, UnicodeEncodeError):
         reader = decord.VideoReader(os.path.abspath(index.path)) if _is_plain(index) else ()
         if len(reader) == len(index.ticks):
             for target in targets:
                 yield reader[target].asnumpy(), True  # get_batch would let the heap grow
             return
-    raise MediaError(f"decord would hang or err on {index.path}: read it with pyav")
+    raise MediaError(f"decord would hang or err on {index.name}: read it with pyav")
 
 
 def _is_plain(index: Index) -> bool:
