@@ -1,7 +1,9 @@
 """Crops equal transformers' Pillow processors pixel for pixel, and bad files end in one sentence."""
 
 import io
+import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import load_image
@@ -26,6 +28,7 @@ from zipvl.errors import MediaError
 from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS
 from zipvl.vision import image as image_module
 from zipvl.vision.image import best_canvas, crops, fit_frame, normalise, open_image, plan
+from zipvl.vision.source import FORMATS, MAX_PIXELS, check_image, opened_image
 
 SIZES = [(1, 1), (1, 50), (50, 1), (56, 56), (72, 72), (100, 75), (61, 200), (300, 60), (57, 113),
          (430, 431), (640, 480)]  # fmt: skip
@@ -172,24 +175,29 @@ def test_sixteen_bit_greys_keep_their_shades(tmp_path):
     assert (np.asarray(open_image(str(tmp_path / "deep.png")))[..., 0] == shades >> 8).all()
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_exif_turns_as_in_transformers(turn, tmp_path):
-    exif = Image.Exif()
+def test_exif_turns_as_in_transformers(turn, ending, tmp_path):
+    exif, path = Image.Exif(), tmp_path / f"turned.{ending}"
     exif[0x0112] = turn
-    picture(40, 24).save(tmp_path / "turned.png", exif=exif)
-    expected = np.asarray(load_image(str(tmp_path / "turned.png")))
-    assert (np.asarray(open_image(tmp_path / "turned.png")) == expected).all()
+    picture(40, 24).save(path, exif=exif)
+    expected = np.asarray(load_image(str(path)))
+    assert (np.asarray(open_image(path)) == expected).all()
+    given = Image.open(path)
+    assert (np.asarray(open_image(given)) == expected).all()
+    if ending != "tif":  # Pillow itself turns these
+        assert given.size == (40, 24)  # the caller's own is left alone
     assert expected.shape[:2] == ((24, 40) if turn < 5 else (40, 24))
 
 
-def bomb() -> bytes:
+def bomb(side: int = 20000) -> bytes:
     """A PNG of a few bytes that declares 400 million pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         crc = zlib.crc32(kind + data)
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
-    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     rows = zlib.compress(b"\0" * 1000)
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
@@ -222,3 +230,155 @@ def test_what_is_no_picture_is_one_sentence(tmp_path):
     for size in [(0, 5), (5, 0), (65536, 1)]:
         with pytest.raises(MediaError, match="pixels"):
             open_image(Image.new("RGB", size))
+
+
+# --- pictures that strangers made ---------------------------------------------------------------
+
+
+def test_no_picture_runs_a_program(tmp_path, monkeypatch):
+    """An EPS would start Ghostscript, whatever its name; a program of that name tells."""
+    ran, tool = tmp_path / "ran", tmp_path / "gs"
+    tool.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n"
+    )
+    for read in (open_image, check_image):
+        with pytest.raises(MediaError, match=r"photo\.jpg is .*no picture of a kind that is read"):
+            read(path)
+    assert not ran.exists()
+    assert {"EPS", "WMF", "GRIB", "HDF5", "BUFR", "MPEG", "PSD"}.isdisjoint(FORMATS)
+
+
+def test_looking_at_a_picture_decodes_nothing(tmp_path, monkeypatch):
+    picture(20, 30).save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: 1 / 0)
+    check_image(tmp_path / "a.png")
+    with pytest.raises(MediaError, match="division"):
+        open_image(tmp_path / "a.png")
+
+
+def test_a_picture_is_decoded_once(tmp_path, monkeypatch):
+    picture(20, 30).save(tmp_path / "a.png")
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or real(*a, **k))
+    open_image(tmp_path / "a.png")
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("side", [11000, 11700, 13300, 20000, 60000])
+def test_large_pictures_are_a_sentence_and_no_warning(side, tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(bomb(side))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(MediaError, match=r"large\.png") as error:
+            open_image(path)
+    assert not seen
+    assert (f"more than {MAX_PIXELS}" in str(error.value)) == (side**2 > MAX_PIXELS)
+
+
+def test_the_ceiling_of_pixels_is_the_callers(tmp_path, monkeypatch):
+    picture(30, 30).save(tmp_path / "a.png")
+    monkeypatch.setattr("zipvl.vision.source.MAX_PIXELS", 899)
+    with pytest.raises(MediaError, match="30 x 30 pixels, more than 899 in all: scale it down"):
+        check_image(tmp_path / "a.png")
+    monkeypatch.setattr("zipvl.vision.source.MAX_PIXELS", 900)
+    check_image(tmp_path / "a.png")
+
+
+def test_damaged_exif_is_no_warning(tmp_path):
+    path = tmp_path / "odd.jpg"
+    picture(30, 20).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert open_image(path).size == (30, 20)
+    assert not seen
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
+def test_transparency_lies_on_white(mode):
+    source = picture(30, 20).convert("RGBA")
+    source.putalpha(Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30)))
+    image = {"PA": source.convert("LA"), "La": source.convert("LA")}.get(mode, source).convert(mode)
+    full = image.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
+    pixels = np.asarray(full).astype(float)
+    alpha = pixels[..., 3:] / 255
+    want = pixels[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(open_image(image)) - want).max() <= 1
+    opaque = picture(30, 20)
+    assert (np.asarray(open_image(opaque.convert("RGBA"))) == np.asarray(opaque)).all()
+
+
+def test_transparency_of_files_lies_on_white(tmp_path):
+    """Palettes, greys and colours that a file calls transparent, at 8 and at 16 bits."""
+    shades = np.array([[0, 1], [2, 200]], dtype=np.uint8)
+    Image.fromarray(shades).save(tmp_path / "grey.png", transparency=1)
+    Image.fromarray(np.stack([shades] * 3, -1)).save(tmp_path / "rgb.png", transparency=(1, 1, 1))
+    coloured = Image.fromarray(shades, "P")
+    coloured.putpalette([i for n in range(256) for i in (n, n, n)])
+    for name in ("palette.png", "palette.gif"):
+        coloured.save(tmp_path / name, transparency=1)
+    Image.fromarray(shades.astype(np.uint16) << 8).save(tmp_path / "deep.png", transparency=256)
+    for name in ("grey.png", "rgb.png", "palette.png", "palette.gif", "deep.png"):
+        found = np.asarray(open_image(tmp_path / name))
+        assert found[..., 0].tolist() == [[0, 255], [2, 200]], name
+
+
+def test_shades_without_a_known_white_are_refused(tmp_path):
+    ramp = np.tile(np.arange(256) * 257, (8, 1))
+    for dtype, name in [(np.int32, "g32.tif"), (np.float32, "float.tif")]:
+        Image.fromarray(ramp.astype(dtype)).save(tmp_path / name)
+        with pytest.raises(MediaError, match=f"{name} has 32-bit shades"):
+            open_image(tmp_path / name)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 256 8 65535\n" + ramp.astype(">u2").tobytes())
+    assert (np.asarray(open_image(tmp_path / "deep.pgm"))[..., 1] == np.arange(256)).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"\0\0\0\x20ftypisom", "is a video: use -v"),
+        (b"\0\0\0\x14ftypqt  ", "is a video: use -v"),
+        (b"\x1aE\xdf\xa3", "is a video: use -v"),
+        (b"RIFF\0\0\0\0AVI LIST", "is a video: use -v"),
+        (b"G".ljust(188, b"\0") + b"G", "is a video: use -v"),
+        (b"\0\0\0\x18ftypheic", "is a HEIC picture.* save it as JPEG or PNG"),
+        (b"\0\0\0\x18ftypmif1", "is a HEIC picture.* save it as JPEG or PNG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is .*no picture of a kind that is read"),
+    ],
+)
+def test_what_a_file_is_instead(head, words, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(head + bytes(300))
+    with pytest.raises(MediaError, match=f"a.jpg {words}"):
+        check_image(tmp_path / "a.jpg")
+
+
+def test_names_of_pictures(tmp_path, monkeypatch):
+    for name in (b"caf\xe9.png", "漢 é.png".encode(), b"\x1b[31mred.png"):
+        path = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+        picture(20, 10).save(path)
+        assert open_image(path).size == open_image(os.fsencode(path)).size == (20, 10)
+        with open(path, "wb") as file:
+            file.write(b"no picture")
+        with pytest.raises(MediaError) as error:
+            open_image(path)
+        assert str(error.value).isprintable()
+        assert ("漢 é.png is" in str(error.value)) == ("漢" in path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(MediaError, match="may not be read: change its permissions"):
+            open_image(path)
+    faults = [("/dev/zero", "device"), (tmp_path, "directory"), ("http://h/a.png", "local file")]
+    for source, words in faults:
+        with pytest.raises(MediaError, match=words):
+            open_image(source)
+
+
+def test_no_memory_is_not_a_damaged_picture(tmp_path):
+    picture(20, 10).save(tmp_path / "a.png")
+    with pytest.raises(MemoryError), opened_image(tmp_path / "a.png"):
+        raise MemoryError

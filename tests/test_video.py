@@ -1,9 +1,12 @@
 """The video reader: right frames, right times, one sentence for what cannot be read, bounded time."""
 
+import argparse
 import dataclasses
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,17 +22,31 @@ from video_files import (
     encode,
     ffmpeg,
     flip_bytes,
+    growing_avi,
     huge_png,
     number,
     pictures,
     read_video,
     reference,
     set_matrix,
+    table_bomb,
+    words,
 )
 from video_files import video as video  # the fixture
 
 from zipvl.errors import MediaError, UsageError
-from zipvl.vision.video import Clip, decord_frames, pyav_frames, read_index, sample
+from zipvl.vision.boxes import MAX_SAMPLES, check_tables
+from zipvl.vision.source import seconds
+from zipvl.vision.video import (
+    MAX_FRAMES,
+    THREADED_PIXELS,
+    Clip,
+    decord_frames,
+    opened,
+    pyav_frames,
+    read_index,
+    sample,
+)
 
 Video = Callable[[str], Path]
 
@@ -265,6 +282,107 @@ def test_playlists_are_refused_even_if_what_they_name_is_there(
         read_video(path)
 
 
+@pytest.mark.parametrize(
+    ("what", "data"),
+    [
+        ("sizes", table_bomb(3_000_000)),
+        ("durations", table_bomb(9, stts=words(2, 2_000_000, 1, 1, 2))),
+        ("shifts", table_bomb(9, ctts=words(1, 4_000_000_000, 1))),
+        ("chunks of sound", table_bomb(9, b"soun", stsc=words(1, 1, 2**31, 1))),
+        ("fragment", table_bomb(9) + b"\0\0\0\x20moof\0\0\0\x18traf\0\0\0\x10trun"
+         + words(0, 2**31)),
+        ("compressed", table_bomb(9) + b"\0\0\0\x18moov\0\0\0\x10cmov" + bytes(8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_movie_tables_larger_than_the_file(tmp_path: Path, what: str, data: bytes) -> None:
+    """libavformat is never asked: it would take up to 2 GB for each of these in under 1 kB."""
+    path = tmp_path / "bomb.mp4"
+    path.write_bytes(data)
+    with pytest.raises(MediaError, match=r"bomb\.mp4 claims \d+ frames and sounds in \d+ bytes"):
+        read_index(str(path))
+
+
+def test_movie_tables_of_a_large_file_have_a_ceiling(tmp_path: Path) -> None:
+    path = tmp_path / "hole.mp4"
+    for samples in (MAX_SAMPLES, MAX_SAMPLES + 1):
+        path.write_bytes(table_bomb(samples))
+        os.truncate(path, 2 * MAX_SAMPLES)
+        if samples == MAX_SAMPLES:
+            check_tables(str(path))
+        else:
+            with pytest.raises(MediaError, match="claims 16777217"):
+                check_tables(str(path))
+
+
+def test_sound_has_more_samples_than_bytes_of_tables(video: Video, tmp_path: Path) -> None:
+    video("one.mp4")
+    for name, codec in (("pcm.mov", "pcm_u8"), ("ima.mov", "adpcm_ima_qt"), ("aac.mp4", "aac")):
+        path = tmp_path / name
+        ffmpeg("-f", "lavfi", "-i", "testsrc=s=32x32:d=1:r=5", "-f", "lavfi", "-i", "sine=d=60",
+               "-c:v", "mpeg4", "-c:a", codec, path)  # fmt: skip
+        assert read_video(path, frames=5).indices == (0, 1, 2, 3, 4)
+    nested = b"\0\0\0\x08moov" * 3 + b"\0\0\0\x04moof" + b"\0\0\0\x01mdat"
+    (tmp_path / "odd.mp4").write_bytes(nested)
+    check_tables(str(tmp_path / "odd.mp4"))  # an end for every odd length
+
+
+@pytest.mark.parametrize("ceiling", ["MAX_PIXELS", "THREADED_PIXELS"])
+def test_frames_that_outgrow_their_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ceiling: str
+) -> None:
+    """Past MAX_PIXELS they are refused one by one; past THREADED_PIXELS they come one by one."""
+    path = tmp_path / "grow.avi"
+    growing_avi(path, 64, 300, frames=8)
+    home = "source" if ceiling == "MAX_PIXELS" else "video"
+    monkeypatch.setattr(f"zipvl.vision.{home}.{ceiling}", 299 * 300)
+    clip = read_video(path, frames=8)
+    assert clip.frames.shape == (8, 64, 64, 3)
+    assert ("decoded 4 of 8 frames" in clip.warning) == (ceiling == "MAX_PIXELS")
+    assert THREADED_PIXELS >= 7680 * 4320
+
+
+def test_no_memory_is_not_a_damaged_video(video: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    def refuse(*_: object, **__: object) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    path = str(video("h264.mp4"))
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(MemoryError), opened(path):
+        pass
+
+
+@pytest.mark.parametrize(("ending", "size"), [("ts", None), ("mpg", None), ("ts", (48, 32))])
+def test_joined_files_keep_all_their_frames(
+    video: Video, tmp_path: Path, ending: str, size: tuple[int, int] | None
+) -> None:
+    """`cat a.ts b.ts c.ts`: the time stamps begin anew, also where the size changes."""
+    video("one.mp4")
+    codec = X264 if ending == "ts" else ENCODED["program.mpg"][1]
+    path, whole = tmp_path / f"joined.{ending}", pictures(90)
+    with open(path, "wb") as file:
+        for part in range(3):
+            scale = ["-vf", "scale={}:{}".format(*size)] if size and part == 1 else []
+            some = whole[30 * part : 30 * part + 30]
+            file.write(encode(tmp_path / f"part.{ending}", some, [*codec, *scale]).read_bytes())
+    clip = read_video(path, frames=None)
+    assert clip.total == 90
+    assert [number(picture) for picture in clip.frames] == list(range(90))
+    assert clip.times == pytest.approx([n / RATE for n in range(90)])
+    assert f"time stamps of {path} jump back" in clip.warning
+    assert "its 90 frames are counted, 25 a second" in clip.warning
+
+
+def test_joined_matroska_gives_what_its_demuxer_finds(video: Video, tmp_path: Path) -> None:
+    path = tmp_path / "joined.mkv"
+    path.write_bytes(2 * video("h264.mkv").read_bytes())
+    clip = read_video(path, frames=None)
+    assert [number(picture) for picture in clip.frames] == [*range(60), *range(60)]
+    assert "jump back" in clip.warning
+
+
 def test_video_streams_without_frames(video: Video, tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"zero\.mp4"):
         read_video(video("zero.mp4"))
@@ -296,6 +414,63 @@ def test_devices_and_wrong_types() -> None:
         read_video(["a.mp4"])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_names_that_look_like_addresses(
+    video: Video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """They are files: no server hears of them, and no other file is read in their place."""
+    if reader == "decord":
+        pytest.importorskip("decord")
+    heard = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            heard.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.chdir(tmp_path)
+    host = f"http:/127.0.0.1:{server.server_port}"
+    os.makedirs(host)
+    for other in ("q.mp4", "x.mp4"):
+        Path(other).write_bytes(video("late.mp4").read_bytes())
+    names = [f"{host}/a.mp4", "file:q.mp4", "concat:x.mp4", "data:video,x", "pipe:0",
+             "subfile,,start,0,end,9,,:q.mp4"]  # fmt: skip
+    for name in [*names, host.replace(":/", "://") + "/a.mp4"]:
+        Path(name).write_bytes(video("h264.mp4").read_bytes())
+        assert read_video(name, frames=2, reader=reader).total == 100
+    server.shutdown()
+    server.server_close()
+    assert not heard
+
+
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_a_movie_that_is_a_playlist_as_well(video: Video, tmp_path: Path, reader: str) -> None:
+    """decord's FFmpeg of 2018 would open the file that is named; PyAV may read the movie only."""
+    if reader == "decord":
+        pytest.importorskip("decord")
+    secret, path = video("late.mp4"), tmp_path / "poly.mp4"
+    data = bytearray(video("faststart.mp4").read_bytes())
+    shift = int.from_bytes(b"#EXT", "big")  # read as the size of the first box
+    place = data.index(b"stco") + 8
+    count = int.from_bytes(data[place : place + 4], "big")
+    for entry in range(place + 4, place + 4 + 4 * count, 4):
+        moved = int.from_bytes(data[entry : entry + 4], "big") + shift
+        data[entry : entry + 4] = moved.to_bytes(4, "big")
+    with open(path, "wb") as file:
+        file.write(f"#EXTM3U\n#EXTINF:10.0,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode())
+        file.seek(shift)  # a hole
+        file.write(data)
+    if reader == "pyav":
+        assert read_video(path, frames=2).total == 100
+    else:
+        with pytest.raises(MediaError, match="read it with pyav"):
+            read_video(path, reader="decord")
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
 def test_unreadable(video: Video, tmp_path: Path) -> None:
     path = tmp_path / "locked.mp4"
@@ -310,6 +485,25 @@ def test_strange_names(video: Video, tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_bytes(video("h264.mp4").read_bytes())
         assert [number(p) for p in read_video(path, frames=3).frames] == [0, 49, 99]
+
+
+def test_names_in_any_bytes(video: Video, tmp_path: Path) -> None:
+    """Such as a Latin-1 locale writes; what a terminal would obey is not in any message."""
+    for name in (b"caf\xe9.mp4", b"\x1b[31mred\n.mp4"):
+        path = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+        Path(path).write_bytes(video("h264.mp4").read_bytes())
+        for source in (path, os.fsencode(path)):
+            clip = read_video(source, frames=101)
+            assert clip.total == 100
+            assert clip.warning.isprintable()
+        with suppress(MediaError):
+            assert read_video(path, reader="decord").total == 100
+        messages = [f"{path}.missing", path]
+        Path(path).write_bytes(b"no video at all")
+        for source in messages:
+            with pytest.raises(MediaError) as error:
+                read_video(source)
+            assert str(error.value).isprintable()
 
 
 def test_png_named_mp4_is_one_frame(video: Video, tmp_path: Path) -> None:
@@ -330,6 +524,45 @@ def test_interval_and_rate(video: Video) -> None:
     assert read_video(path, frames=1, start=3.99).indices == (99,)
     with pytest.raises(UsageError, match=r"start 4 .*h264\.mp4"):
         read_video(path, start=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [("75", 75), ("75.5", 75.5), ("1:15", 75), ("01:15.25", 75.25), ("1:00:00", 3600),
+     ("90:00", 5400), ("0:05", 5), ("2:03:04.5", 7384.5), ("-1", -1), ("nan", None)],
+)  # fmt: skip
+def test_moments_as_people_write_them(text: str, moment: float | None) -> None:
+    assert seconds(text) == moment or moment is None
+
+
+@pytest.mark.parametrize("text", ["", ":", "1:", ":5", "1:60", "1:75:00", "1:2:3:4", "1:-5", "5s"])
+def test_what_is_no_moment(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="write seconds, mm:ss or hh:mm:ss"):
+        seconds(text)
+
+
+def test_a_rate_is_not_cut_in_silence(video: Video) -> None:
+    path = video("h264.mp4")  # 100 frames, 4 s
+    clip = read_video(path, frames=3, fps=5)
+    assert clip.indices == (0, 49, 99)
+    assert clip.warning == f"5 frames a second of {path} are 20: 3 were taken, spread evenly"
+    assert read_video(path, frames=20, fps=5).warning == ""
+    clip = read_video(path, frames=None, fps=12.5)
+    assert (len(clip.indices), clip.warning) == (50, "")
+
+
+def test_never_more_frames_than_there_are(video: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = video("h264.mp4")
+    clip = read_video(path, frames=MAX_FRAMES)
+    assert clip.indices == tuple(range(100))
+    assert clip.warning == f"{MAX_FRAMES} frames of {path} were asked for, only 100 are there"
+    assert read_video(path, frames=9, start=4.0 - 0.01).indices == (99,)
+    for frames in (MAX_FRAMES + 1, 2 * 10**9, 10**24):
+        with pytest.raises(UsageError, match=f"frames is {frames}: give 1 to {MAX_FRAMES}"):
+            read_video(path, frames=frames)
+    monkeypatch.setattr("zipvl.vision.video.MAX_FRAMES", 99)
+    with pytest.raises(UsageError, match="100 frames of .*h264.mp4 are asked for, at most 99"):
+        read_video(path, frames=None)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import MediaError, UsageError
+from . import source as ceilings
 from .boxes import check_tables
-from .source import MAX_PIXELS, local_file, named
+from .source import local_file, named
 
 READERS = ("pyav", "decord")
 MAX_FPS = 1000.0
@@ -144,7 +145,7 @@ class Reading:
         if not self.decoded:
             raise MediaError(
                 f"{self.index.name} has no frame that decodes: it is damaged, of a kind that FFmpeg "
-                f"does not read, or its frames have more than {MAX_PIXELS} pixels"
+                f"does not read, or its frames have more than {ceilings.MAX_PIXELS} pixels"
             )
 
     def _frames(self, attempt: Frames) -> Iterator[np.ndarray]:
@@ -241,10 +242,11 @@ def _array_index(video: np.ndarray) -> Index:
 
 
 @contextmanager
-def opened(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]:
+def opened(path: str, threaded: bool = False) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and first real video stream; no other file or address is ever opened.
 
-    Frames of more than `max_pixels` are refused by the decoder, whatever the header says.
+    Whatever the header says, the decoder refuses frames of more than MAX_PIXELS, or of more than
+    THREADED_PIXELS where as many are held as there are threads.
     """
     name = named(path)
     try:
@@ -254,7 +256,8 @@ def opened(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]
         raise MediaError(
             f"{name} cannot be read without the package av ({e}): pip install av"
         ) from None
-    limit = {"max_pixels": str(max_pixels)}
+    largest = ceilings.MAX_PIXELS
+    limit = {"max_pixels": str(min(largest, THREADED_PIXELS) if threaded else largest)}
     only = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
     try:
         container = av.open(f"file:{os.path.abspath(path)}", options=only | limit)
@@ -271,10 +274,10 @@ def opened(path: str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]
         if not streams or streams[0].codec_context is None:
             raise MediaError(f"{name} has no video that can be decoded: give a file with pictures")
         context = streams[0].codec_context
-        if context.width * context.height > MAX_PIXELS:
+        if context.width * context.height > largest:
             raise MediaError(
                 f"{name} declares frames of {context.width} x {context.height} pixels, more than "
-                f"{MAX_PIXELS} in all: scale it down first"
+                f"{largest} in all: scale it down first"
             )
         context.options = limit
         yield container, streams[0]
@@ -412,8 +415,7 @@ def _from_key(container: Any, stream: Any, keys: Sequence[int], want: int) -> It
 
 def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
     """The targets, ascending; in a lost one's place the frame after it, or else the last."""
-    limit = THREADED_PIXELS if threads == "AUTO" else MAX_PIXELS
-    with opened(index.path, limit) as (container, stream):
+    with opened(index.path, threads == "AUTO") as (container, stream):
         stream.thread_type = threads
         size = stream.codec_context.width, stream.codec_context.height
         source = enumerate(frames_of(container, stream))
