@@ -243,9 +243,7 @@ def test_no_picture_runs_a_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     path = tmp_path / "photo.jpg"
-    path.write_bytes(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n"
-    )
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n")
     for read in (open_image, check_image):
         with pytest.raises(MediaError, match=r"photo\.jpg is .*no picture of a kind that is read"):
             read(path)

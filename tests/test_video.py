@@ -37,14 +37,12 @@ from video_files import video as video  # the fixture
 from zipvl.errors import MediaError, UsageError
 from zipvl.vision.boxes import MAX_SAMPLES, check_tables
 from zipvl.vision.source import seconds
+from zipvl.vision.index import THREADED_PIXELS, opened, read_index
 from zipvl.vision.video import (
     MAX_FRAMES,
-    THREADED_PIXELS,
     Clip,
     decord_frames,
-    opened,
     pyav_frames,
-    read_index,
     sample,
 )
 
@@ -334,7 +332,7 @@ def test_frames_that_outgrow_their_header(
     """Past MAX_PIXELS they are refused one by one; past THREADED_PIXELS they come one by one."""
     path = tmp_path / "grow.avi"
     growing_avi(path, 64, 300, frames=8)
-    home = "source" if ceiling == "MAX_PIXELS" else "video"
+    home = "source" if ceiling == "MAX_PIXELS" else "index"
     monkeypatch.setattr(f"zipvl.vision.{home}.{ceiling}", 299 * 300)
     clip = read_video(path, frames=8)
     assert clip.frames.shape == (8, 64, 64, 3)
@@ -424,11 +422,11 @@ def test_names_that_look_like_addresses(
     heard = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             heard.append(self.path)
             self.send_error(404)
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -725,9 +723,7 @@ def test_sample_properties(times, frames, fps, start, end) -> None:
     assert set(rows) <= set(inside)
     assert rows[0] == inside[0]
     count = min(frames or 0, len(inside))
-    uniform = [
-        inside[0] + i * (inside[-1] - inside[0]) // max(1, count - 1) for i in range(count)
-    ]
+    uniform = [inside[0] + i * (inside[-1] - inside[0]) // max(1, count - 1) for i in range(count)]
     if fps is None:
         assert rows == (uniform if frames else inside)
     else:

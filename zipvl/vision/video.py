@@ -2,18 +2,13 @@
 
 source -> read_index: the table of its frames -> sample: rows of the table
        -> Reading: attempts to decode these, each an iterator of frames -> Clip
-
-Headers lie, packets do not: after an edit list 146 of 467 promised frames may be left, a file cut
-short has fewer than it says, a variable frame rate has no rate. So a file is demuxed once for the
-table of its frames, and only then decoded, from the keyframe before each frame that is wanted.
 """
 
 import math
 import os
-from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +16,13 @@ import numpy as np
 
 from ..errors import MediaError, UsageError
 from . import source as ceilings
-from .boxes import check_tables
-from .source import local_file, named
+from .index import Index, array_index, opened, packets, read_index, seek
+from .source import local_file
 
 READERS = ("pyav", "decord")
 MAX_FPS = 1000.0
 MAX_FRAMES = 2**17  # of a clip: what a model looks at, not what a file holds
 SLACK = 1e-6  # seconds: timestamps are ticks times a fraction, and users type 3.3
-# What a file may be taken for. Playlists (hls, concat, dash) are left out: they open other files.
-DEMUXERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,h264,"
-    "hevc,obu,m4v,mjpeg,mxf,nut,rm,wtv,dv,yuv4mpegpipe,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
-)
-SEEKABLE = ("mov", "matroska", "avi")  # program and transport streams have no index
-THREADED_PIXELS = 8192 * 4320  # of a frame where each thread holds one; larger come one by one
 
 Frames = Generator[tuple[np.ndarray, bool], None, None]  # uint8 [h, w, 3], is it intact
 
@@ -51,24 +39,6 @@ class Clip:
     total: int  # frames in the source
     decoder: str  # pyav | decord | array
     warning: str = ""  # one line when something was repaired or is not as it was asked for
-
-
-@dataclass(frozen=True)
-class Index:
-    """Frames of one source in presentation order."""
-
-    path: str
-    times: np.ndarray  # float64 [frames], seconds from the first frame
-    duration: float  # seconds
-    promised: int  # frames by the header, more than the table has when the file was cut short
-    ticks: np.ndarray  # int64 [frames], timestamps in container units
-    counted: bool = True  # frames are known by their rank, because the timestamps mislead
-    keys: Sequence[int] = ()  # ticks where decoding may start; none: only at the beginning
-    note: str = ""  # what is odd about the table, for Clip.warning
-
-    @property
-    def name(self) -> str:
-        return named(self.path)
 
 
 class Reading:
@@ -102,9 +72,9 @@ class Reading:
         if reader not in READERS:
             raise UsageError(f"unknown reader {reader!r}: give {' or '.join(READERS)}")
         if isinstance(source, np.ndarray):
-            index, self.decoder = _array_index(source), "array"
+            index, self.decoder = array_index(source), "array"
         else:
-            index, self.decoder = read_index(local_file(source)), reader
+            index, self.decoder = read_index(local_file(source), start, end), reader
         if start is not None and start >= index.duration:
             raise UsageError(
                 f"start {start:g} lies behind the end of {index.name}: give a moment before "
@@ -119,7 +89,8 @@ class Reading:
             )
         if frames is not None and fps is None and len(self.targets) < frames:
             self.notes.append(
-                f"{frames} frames of {index.name} were asked for, only {len(self.targets)} are there"
+                f"{frames} frames of {index.name} were asked for, only {len(self.targets)} are "
+                "there"
             )
         elif frames is not None and fps is not None:
             every = len(sample(index.times, None, fps, start, end))
@@ -144,8 +115,8 @@ class Reading:
                 return
         if not self.decoded:
             raise MediaError(
-                f"{self.index.name} has no frame that decodes: it is damaged, of a kind that FFmpeg "
-                f"does not read, or its frames have more than {ceilings.MAX_PIXELS} pixels"
+                f"{self.index.name} has no frame that decodes: it is damaged, of a kind that "
+                f"FFmpeg does not read, or its frames have more than {ceilings.MAX_PIXELS} pixels"
             )
 
     def _frames(self, attempt: Frames) -> Iterator[np.ndarray]:
@@ -228,135 +199,6 @@ def _check(frames: int | None, fps: float | None, start: float | None, end: floa
         raise UsageError(f"start {start:g} lies after end {end:g}: give the earlier moment first")
 
 
-# --- the table of frames -----------------------------------------------------------------------
-
-
-def _array_index(video: np.ndarray) -> Index:
-    """The table of an array of frames, one a second."""
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or not video.size:
-        raise MediaError(
-            f"the video array is {video.dtype} {list(video.shape)}: give uint8 [F, h, w, 3], F >= 1"
-        )
-    ranks = np.arange(len(video))
-    return Index("the video array", ranks.astype(float), float(len(video)), len(video), ranks)
-
-
-@contextmanager
-def opened(path: str, threaded: bool = False) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and first real video stream; no other file or address is ever opened.
-
-    Whatever the header says, the decoder refuses frames of more than MAX_PIXELS, or of more than
-    THREADED_PIXELS where as many are held as there are threads.
-    """
-    name = named(path)
-    try:
-        import av
-        from av.error import FFmpegError
-    except ImportError as e:
-        raise MediaError(
-            f"{name} cannot be read without the package av ({e}): pip install av"
-        ) from None
-    largest = ceilings.MAX_PIXELS
-    limit = {"max_pixels": str(min(largest, THREADED_PIXELS) if threaded else largest)}
-    only = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
-    try:
-        container = av.open(f"file:{os.path.abspath(path)}", options=only | limit)
-    except MemoryError:
-        raise
-    except (FFmpegError, OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise MediaError(
-            f"{name} is not a readable video ({reason}): it is damaged, cut short or no video"
-        ) from None
-    with container:
-        cover = av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams or streams[0].codec_context is None:
-            raise MediaError(f"{name} has no video that can be decoded: give a file with pictures")
-        context = streams[0].codec_context
-        if context.width * context.height > largest:
-            raise MediaError(
-                f"{name} declares frames of {context.width} x {context.height} pixels, more than "
-                f"{largest} in all: scale it down first"
-            )
-        context.options = limit
-        yield container, streams[0]
-
-
-def _packets(container: Any) -> Iterator[Any]:
-    """Packets with content, of all streams, up to the first place that cannot be read."""
-    from av.error import FFmpegError
-
-    with suppress(FFmpegError):
-        yield from (packet for packet in container.demux() if packet.size)
-
-
-def read_index(path: str) -> Index:
-    """The table of frames of the video at `path`; MediaError where there are none."""
-    check_tables(path)
-    with opened(path) as (container, stream):
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        h264 = stream.codec_context.codec.canonical_name == "h264"
-        stamps, keys, ends = array("q"), array("q"), {stream.index: 0}
-        last, decoded, torn, timed, joined = 0, -math.inf, False, True, False
-        for packet in _packets(container):
-            pts, at = packet.pts, packet.stream_index
-            torn |= packet.is_corrupt
-            if pts is not None:
-                ends[at] = max(ends.get(at, pts), pts + (packet.duration or 0))
-            if at == stream.index and not packet.is_discard:
-                timed &= pts is not None
-                stamps.append(pts or 0)
-                last = packet.duration
-                if packet.dts is not None:
-                    joined |= packet.dts < decoded
-                    decoded = packet.dts
-                if packet.is_keyframe and (not h264 or _is_idr(memoryview(packet))):
-                    keys.append(pts or 0)
-        if not stamps:
-            raise MediaError(f"{named(path)} has no frames: record or download it again")
-        kind = container.format.name.split(",")[0]
-        # AVI stamps packets in decoding order: with B-frames the stamps name the wrong pictures.
-        counted = kind == "avi" and bool(stream.codec_context.has_b_frames)
-        ticks, note = np.unique(stamps), ""
-        if timed and (joined or len(ticks) < len(stamps)):
-            timed, note = False, (
-                f"time stamps of {named(path)} jump back, as in joined files: its {len(stamps)} "
-                f"frames are counted, {rate:g} a second"
-            )
-        if not timed:
-            ticks, counted = np.arange(len(stamps)), True
-        unit = float(stream.time_base) if timed else 1 / rate
-        times = (ticks - ticks[0]) * unit
-        length, start = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
-        bases = [s.time_base for s in container.streams]
-        reach = max((float(end * bases[at]) for at, end in ends.items()), default=0.0)
-        short = torn or (timed and reach - start < 0.95 * length - 1 / rate)
-        return Index(
-            path=path,
-            times=times,
-            duration=float(times[-1]) + (last * unit if timed and last else 1 / rate),
-            promised=max(stream.frames, round(length * rate)) if short else len(ticks),
-            ticks=ticks,
-            counted=counted,
-            keys=np.unique(keys).tolist() if kind in SEEKABLE and not counted else (),
-            note=note,
-        )
-
-
-def _is_idr(data: memoryview) -> bool:
-    """Whether an H.264 packet (units behind 4-byte lengths) lets decoding start afresh.
-
-    After other keyframes (intra refresh) pictures are incomplete.
-    """
-    place = 0
-    while place + 4 < len(data):
-        if data[place + 4] & 31 == 5:
-            return True
-        place += 4 + int.from_bytes(data[place : place + 4], "big")
-    return False
-
-
 # --- pictures, by PyAV --------------------------------------------------------------------------
 
 
@@ -375,14 +217,6 @@ def frames_of(container: Any, stream: Any) -> Iterator[Any]:
             yield from frames
     except FFmpegError:
         yield None
-
-
-def seek(container: Any, stream: Any, tick: int) -> None:
-    """To the keyframe at or before `tick`; a container that cannot goes on where it stands."""
-    from av.error import FFmpegError
-
-    with suppress(FFmpegError):
-        container.seek(tick, stream=stream, backward=True)
 
 
 def _matrix(frame: Any) -> tuple[int, int, int, int]:
@@ -467,8 +301,8 @@ def _is_plain(index: Index) -> bool:
     ever for frames that only a header knows of."""
     with open(index.path, "rb") as file, opened(index.path) as (container, stream):
         head, context = file.read(8), stream.codec_context
-        packets = [(p.pts, p.is_keyframe) for p in _packets(container) if p.stream is stream]
-        stamps, keys = np.array(packets, dtype=float).T
+        found = [(p.pts, p.is_keyframe) for p in packets(container) if p.stream is stream]
+        stamps, keys = np.array(found, dtype=float).T
         closed = np.minimum.accumulate(stamps[::-1])[::-1] == stamps  # nothing earlier comes later
         seek(container, stream, int(index.ticks[0]))
         first: Any = next(frames_of(container, stream), None)
@@ -478,8 +312,8 @@ def _is_plain(index: Index) -> bool:
             and context.codec.canonical_name in ("h264", "hevc", "vp8", "vp9")
             and context.pix_fmt in ("yuv420p", "yuvj420p")
             and len(container.streams.video) == 1
-            and stream.frames in (0, len(packets))
-            and len(packets) == len(index.ticks) == index.promised  # none cut away or missing
+            and stream.frames in (0, len(found))
+            and len(found) == len(index.ticks) == index.promised  # none cut away or missing
             and stamps[0] == 0
             and keys.sum() == len(index.keys) == closed[keys > 0].sum()
             and a * d > b * c  # mirrored pictures it does not mirror back

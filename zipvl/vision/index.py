@@ -1,0 +1,262 @@
+"""The table of a video's frames: which there are and when they are shown, none decoded.
+
+Headers lie, packets do not: after an edit list 146 of 467 promised frames may be left, a file cut
+short has fewer than it says, a variable frame rate has no rate. So a file is demuxed once for the
+table of its frames, and only then decoded, from the keyframe before each frame that is wanted. Of a
+part of a long MP4 or MOV, whose own table tells how many frames lie before it, only that is demuxed.
+"""
+
+import math
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..errors import MediaError
+from . import source as ceilings
+from .boxes import check_tables
+from .source import named
+
+# What a file may be taken for. Playlists (hls, concat, dash) are left out: they open other files.
+DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,h264,"
+    "hevc,obu,m4v,mjpeg,mxf,nut,rm,wtv,dv,yuv4mpegpipe,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
+)
+SEEKABLE = ("mov", "matroska", "avi")  # program and transport streams have no index
+THREADED_PIXELS = 8192 * 4320  # of a frame where each thread holds one; larger come one by one
+LONG = 20_000  # frames; shorter files are demuxed whole
+SPARE = 2  # keyframes more on either side: frames are decoded before they are shown
+
+
+@dataclass(frozen=True)
+class Index:
+    """Frames of one source in presentation order."""
+
+    path: str
+    times: np.ndarray  # float64 [frames], seconds from the first frame
+    duration: float  # seconds
+    promised: int  # frames by the header, more than the table has when the file was cut short
+    ticks: np.ndarray  # int64 [frames], timestamps in container units
+    counted: bool = True  # frames are known by their rank, because the timestamps mislead
+    keys: Sequence[int] = ()  # ticks where decoding may start; none: only at the beginning
+    note: str = ""  # what is odd about the table, for Clip.warning
+
+    @property
+    def name(self) -> str:
+        return named(self.path)
+
+
+def array_index(video: np.ndarray) -> Index:
+    """The table of an array of frames, one a second."""
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or not video.size:
+        raise MediaError(
+            f"the video array is {video.dtype} {list(video.shape)}: give uint8 [F, h, w, 3], F >= 1"
+        )
+    ranks = np.arange(len(video))
+    return Index("the video array", ranks.astype(float), float(len(video)), len(video), ranks)
+
+
+@contextmanager
+def opened(path: str, threaded: bool = False) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and first real video stream; no other file or address is ever opened.
+
+    Whatever the header says, the decoder refuses frames of more than MAX_PIXELS, or of more than
+    THREADED_PIXELS where as many are held as there are threads.
+    """
+    name = named(path)
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError as e:
+        raise MediaError(
+            f"{name} cannot be read without the package av ({e}): pip install av"
+        ) from None
+    largest = ceilings.MAX_PIXELS
+    limit = {"max_pixels": str(min(largest, THREADED_PIXELS) if threaded else largest)}
+    only = {"protocol_whitelist": "file", "format_whitelist": DEMUXERS}
+    try:
+        container = av.open(f"file:{os.path.abspath(path)}", options=only | limit)
+    except MemoryError:
+        raise
+    except (FFmpegError, OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise MediaError(
+            f"{name} is not a readable video ({reason}): it is damaged, cut short or no video"
+        ) from None
+    with container:
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
+        if not streams or streams[0].codec_context is None:
+            raise MediaError(f"{name} has no video that can be decoded: give a file with pictures")
+        context = streams[0].codec_context
+        if context.width * context.height > largest:
+            raise MediaError(
+                f"{name} declares frames of {context.width} x {context.height} pixels, more than "
+                f"{largest} in all: scale it down first"
+            )
+        context.options = limit
+        yield container, streams[0]
+
+
+def packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """Packets with content, of all streams or of some, up to the first place that cannot be read."""
+    from av.error import FFmpegError
+
+    with suppress(FFmpegError):
+        yield from (packet for packet in container.demux(*streams) if packet.size)
+
+
+def seek(container: Any, stream: Any, tick: int) -> None:
+    """To the keyframe at or before `tick`; a container that cannot goes on where it stands."""
+    from av.error import FFmpegError
+
+    with suppress(FFmpegError):
+        container.seek(tick, stream=stream, backward=True)
+
+
+@dataclass
+class Scan:
+    """What the packets of a video stream say, in decoding order."""
+
+    stamps: "array[int]"  # ticks
+    keys: "array[int]"  # ticks where decoding may start
+    ends: dict[int, int]  # where each stream ends, in its own ticks
+    last: int  # ticks that the last frame is shown, 0 if unknown
+    torn: bool  # some are damaged
+    timed: bool  # all have a time stamp
+    joined: bool  # decoding times jump back
+
+
+def scan(packets: Iterable[Any], stream: Any) -> Scan:
+    h264, video = stream.codec_context.codec.canonical_name == "h264", stream.index
+    stamps, keys, ends = array("q"), array("q"), {video: 0}
+    last, decoded, torn, timed, joined = 0, -math.inf, False, True, False
+    for packet in packets:
+        pts, at = packet.pts, packet.stream_index
+        torn |= packet.is_corrupt
+        if pts is not None:
+            ends[at] = max(ends.get(at, pts), pts + (packet.duration or 0))
+        if at == video and not packet.is_discard:
+            timed &= pts is not None
+            stamps.append(pts or 0)
+            last = packet.duration or 0
+            if packet.dts is not None:
+                joined |= packet.dts < decoded
+                decoded = packet.dts
+            if packet.is_keyframe and (not h264 or _is_idr(memoryview(packet))):
+                keys.append(pts or 0)
+    return Scan(stamps, keys, ends, last, torn, timed, joined)
+
+
+def read_index(path: str, start: float | None = None, end: float | None = None) -> Index:
+    """The table of frames of the video at `path`; MediaError where there are none.
+
+    Where only frames from second `start` to `end` are asked for, the times of others may be rough.
+    """
+    check_tables(path)
+    if start is not None or end is not None:
+        with opened(path) as (container, stream):
+            index = _part(path, container, stream, start or 0.0, math.inf if end is None else end)
+        if index is not None:
+            return index
+    with opened(path) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        found = scan(packets(container), stream)
+        total, timed = len(found.stamps), found.timed
+        if not total:
+            raise MediaError(f"{named(path)} has no frames: record or download it again")
+        kind = container.format.name.split(",")[0]
+        # AVI stamps packets in decoding order: with B-frames the stamps name the wrong pictures.
+        counted = kind == "avi" and bool(stream.codec_context.has_b_frames)
+        ticks, note = np.unique(found.stamps), ""
+        if timed and (found.joined or len(ticks) < total):
+            timed = False
+            note = (
+                f"time stamps of {named(path)} jump back, as in joined files: its {total} frames "
+                f"are counted, {rate:g} a second"
+            )
+        if not timed:
+            ticks, counted = np.arange(total), True
+        unit = float(stream.time_base) if timed else 1 / rate
+        length, begin = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
+        bases = [s.time_base for s in container.streams]
+        reach = max(float(end * bases[at]) for at, end in found.ends.items())
+        short = found.torn or (timed and reach - begin < 0.95 * length - 1 / rate)
+        times = (ticks - ticks[0]) * unit
+        return Index(
+            path=path,
+            times=times,
+            duration=float(times[-1]) + (found.last * unit if timed and found.last else 1 / rate),
+            promised=max(stream.frames, round(length * rate)) if short else len(ticks),
+            ticks=ticks,
+            counted=counted,
+            keys=np.unique(found.keys).tolist() if kind in SEEKABLE and not counted else (),
+            note=note,
+        )
+
+
+def _part(path: str, container: Any, stream: Any, start: float, end: float) -> Index | None:
+    """The table of a long MP4 or MOV, exact at both its ends and from `start` to `end`.
+
+    The container knows every frame's decoding time, and keyframes part the frames before from those
+    behind in both orders, so rank and number are right; where nobody looks, decoding times stand
+    for the others. None where that is not so, or would not pay.
+    """
+    table = stream.index_entries
+    total, unit = len(table), float(stream.time_base)
+    if not container.format.name.startswith("mov") or not LONG <= total == stream.frames:
+        return None
+    entries = ((e.timestamp, e.is_keyframe, e.is_discard or not e.size) for e in table)
+    rows = np.fromiter(entries, "i8, ?, ?", total)
+    cuts, ticks = np.append(np.flatnonzero(rows["f1"]), total), rows["f0"].copy()
+    begins = ticks[cuts[:-1]]
+    if cuts[0] or rows["f2"].any():
+        return None
+    zero, last, keys = ticks[0], 0, set()
+    low = high = zero
+    for nth in range(3):  # the beginning, what is asked for, the end
+        first, stop = ((0, 1), (0, 0), (len(begins) - 1, len(begins)))[nth]
+        if nth == 1:
+            low, high = zero + start / unit, zero + end / unit
+            first, stop = np.searchsorted(begins, (low, high), "right")
+            first, stop = max(0, first - 1 - SPARE), min(len(begins), stop + SPARE)
+        a, b = int(cuts[first]), int(cuts[stop])
+        seek(container, stream, int(rows["f0"][a]))
+        some = list(islice(packets(container, stream), b - a)) if b - a <= total // 2 else []
+        if len(some) < b - a or some[0].dts != rows["f0"][a]:
+            return None
+        found = scan(some, stream)
+        stamps = np.array(found.stamps)
+        inner = cuts[first + 1 : stop] - a
+        behind = np.minimum.accumulate(stamps[::-1])[::-1]
+        parted = (np.maximum.accumulate(stamps)[inner - 1] < behind[inner]).all()
+        stamps.sort()
+        whole = (first == 0 or stamps[0] <= low) and (stop == len(begins) or stamps[-1] > high)
+        if found.torn or found.joined or not found.timed or not parted or (nth == 1 and not whole):
+            return None
+        if nth == 0:
+            zero = stamps[0]
+            ticks += zero - ticks[0]
+        ticks[:a], ticks[b:] = ticks[:a].clip(max=stamps[0] - 1), ticks[b:].clip(stamps[-1] + 1)
+        ticks[a:b], last = stamps, found.last
+        keys |= set(found.keys)
+    times = (ticks - zero) * unit
+    return Index(path, times, float(times[-1]) + last * unit, total, ticks, False, sorted(keys))
+
+
+def _is_idr(data: memoryview) -> bool:
+    """Whether an H.264 packet (units behind 4-byte lengths) lets decoding start afresh.
+
+    After other keyframes (intra refresh) pictures are incomplete.
+    """
+    place = 0
+    while place + 4 < len(data):
+        if data[place + 4] & 31 == 5:
+            return True
+        place += 4 + int.from_bytes(data[place : place + 4], "big")
+    return False
