@@ -9,6 +9,7 @@ import torch
 import zipvl
 from zipvl.engine import inputs as engine_inputs
 from zipvl.engine.inputs import FrameBuffer
+from zipvl.vision.merge import count_tokens_video
 from zipvl.vision.video import Reading
 
 
@@ -68,3 +69,23 @@ def test_pixels_do_not_pile_up(oracle: Callable, monkeypatch: pytest.MonkeyPatch
     media = inputs.media[0]
     assert media.crops.numel() == media.clip.frames.size == 0
     assert media.features.shape[0] == media.tokens
+
+
+def test_warnings_and_rates_reach_the_prompt(oracle: Callable) -> None:
+    """`fps` alone is never cut; with `frames` it may be, and a sentence says so."""
+    engine = zipvl.load(oracle("llava_onevision").folder, device="cpu", dtype="float32")
+    path = str(zipvl.demo_clip())  # 160 frames, 16 a second
+    inputs = engine.prepare("what", video=path, frames=None, fps=8)
+    assert (len(inputs.media[0].clip.indices), inputs.warnings) == (80, [])
+    inputs = engine.prepare("what", video=path, frames=4, fps=8)
+    assert len(inputs.media[0].clip.indices) == 4
+    [warning] = inputs.warnings
+    assert "8 frames a second" in warning
+    assert "are 80: 4 were taken" in warning
+    inputs = engine.prepare("what", video=path, frames=3, start=9.9, end=9.95)
+    [warning] = inputs.warnings
+    assert "3 frames of" in warning
+    assert "only 1 are there" in warning
+    assert inputs.media[0].tokens == count_tokens_video(
+        1, engine.config.media, engine.config.vision
+    )

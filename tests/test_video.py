@@ -19,6 +19,7 @@ from video_files import (
     ENCODED,
     RATE,
     X264,
+    X265,
     encode,
     ffmpeg,
     flip_bytes,
@@ -35,9 +36,10 @@ from video_files import (
 from video_files import video as video  # the fixture
 
 from zipvl.errors import MediaError, UsageError
+from zipvl.vision import index as index_module
 from zipvl.vision.boxes import MAX_SAMPLES, check_tables
-from zipvl.vision.source import seconds
 from zipvl.vision.index import THREADED_PIXELS, opened, read_index
+from zipvl.vision.source import seconds
 from zipvl.vision.video import (
     MAX_FRAMES,
     Clip,
@@ -524,6 +526,51 @@ def test_interval_and_rate(video: Video) -> None:
         read_video(path, start=4)
 
 
+LONG = {
+    "closed.mp4": [*X264, "-g", "10"],
+    "open.mp4": [*X264, "-g", "10", "-x264-params", "open-gop=1:scenecut=0"],
+    "hevc.mov": [*X265, "log-level=none:keyint=12:open-gop=1:bframes=4"],
+    "intra.mp4": ["-c:v", "mjpeg"],
+    "vfr.mp4": [*X264, "-g", "10", "-vf", "select='not(mod(n,5))+gt(n,200)'", "-vsync", "vfr"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*LONG, *(name for name in FILES if name.endswith("mp4"))])
+def test_a_part_of_a_long_movie_is_read_as_from_the_whole(
+    video: Video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Numbers, times, pixels, warnings: as if all had been demuxed, which it was not."""
+    random, seeking = np.random.default_rng(), 0
+    path = str(encode(tmp_path / name, pictures(300), LONG[name]) if name in LONG else video(name))
+    whole = read_index(path)
+    for _ in range(6):
+        start = random.uniform(0, whole.duration)
+        options = random.choice([None, start]), start + random.uniform(0, whole.duration / 5)
+        monkeypatch.setattr("zipvl.vision.index.LONG", 10**9)
+        want = read_video(path, 7, None, *options)
+        monkeypatch.setattr("zipvl.vision.index.LONG", 1)
+        found = read_video(path, 7, None, *options)
+        assert (found.frames == want.frames).all()
+        assert dataclasses.replace(found, frames=None) == dataclasses.replace(want, frames=None)
+        index = read_index(path, *options)
+        seeking += len(index.keys) < len(whole.keys)
+        assert (np.diff(index.ticks) >= 0).all()
+    assert seeking or name not in LONG or name == "open.mp4"  # which has one IDR picture only
+
+
+def test_a_part_of_a_long_movie_demuxes_little(
+    video: Video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video("one.mp4")
+    path, seen = encode(tmp_path / "long.mp4", pictures(400), [*X264, "-g", "20"]), []
+    monkeypatch.setattr("zipvl.vision.index.LONG", 1)
+    monkeypatch.setattr("zipvl.vision.index.SPARE", 0)
+    real = index_module.packets
+    monkeypatch.setattr(index_module, "packets", lambda *a: (seen.append(p) or p for p in real(*a)))
+    assert read_video(path, 2, start=8.2, end=8.48).indices == (205, 212)
+    assert len(seen) < 150
+
+
 @pytest.mark.parametrize(
     ("text", "moment"),
     [("75", 75), ("75.5", 75.5), ("1:15", 75), ("01:15.25", 75.25), ("1:00:00", 3600),
@@ -559,7 +606,7 @@ def test_never_more_frames_than_there_are(video: Video, monkeypatch: pytest.Monk
         with pytest.raises(UsageError, match=f"frames is {frames}: give 1 to {MAX_FRAMES}"):
             read_video(path, frames=frames)
     monkeypatch.setattr("zipvl.vision.video.MAX_FRAMES", 99)
-    with pytest.raises(UsageError, match="100 frames of .*h264.mp4 are asked for, at most 99"):
+    with pytest.raises(UsageError, match=r"100 frames of .*h264\.mp4 are asked for, at most 99"):
         read_video(path, frames=None)
 
 

@@ -2,8 +2,8 @@
 
 Headers lie, packets do not: after an edit list 146 of 467 promised frames may be left, a file cut
 short has fewer than it says, a variable frame rate has no rate. So a file is demuxed once for the
-table of its frames, and only then decoded, from the keyframe before each frame that is wanted. Of a
-part of a long MP4 or MOV, whose own table tells how many frames lie before it, only that is demuxed.
+table of its frames, and only then decoded, from the keyframe before each frame that is wanted. A
+long MP4 or MOV, of which a part is wanted, has a table of its own that tells what lies before.
 """
 
 import math
@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, dropwhile, islice
 from typing import Any
 
 import numpy as np
@@ -104,7 +104,7 @@ def opened(path: str, threaded: bool = False) -> Iterator[tuple[Any, Any]]:
 
 
 def packets(container: Any, *streams: Any) -> Iterator[Any]:
-    """Packets with content, of all streams or of some, up to the first place that cannot be read."""
+    """Packets with content, of all streams or of some, up to the first that cannot be read."""
     from av.error import FFmpegError
 
     with suppress(FFmpegError):
@@ -213,40 +213,47 @@ def _part(path: str, container: Any, stream: Any, start: float, end: float) -> I
         return None
     entries = ((e.timestamp, e.is_keyframe, e.is_discard or not e.size) for e in table)
     rows = np.fromiter(entries, "i8, ?, ?", total)
-    cuts, ticks = np.append(np.flatnonzero(rows["f1"]), total), rows["f0"].copy()
-    begins = ticks[cuts[:-1]]
+    decoded, cuts = rows["f0"], np.append(np.flatnonzero(rows["f1"]), total)
     if cuts[0] or rows["f2"].any():
         return None
-    zero, last, keys = ticks[0], 0, set()
-    low = high = zero
-    for nth in range(3):  # the beginning, what is asked for, the end
-        first, stop = ((0, 1), (0, 0), (len(begins) - 1, len(begins)))[nth]
-        if nth == 1:
-            low, high = zero + start / unit, zero + end / unit
-            first, stop = np.searchsorted(begins, (low, high), "right")
-            first, stop = max(0, first - 1 - SPARE), min(len(begins), stop + SPARE)
+
+    def demux(first: int, stop: int) -> tuple[int, np.ndarray, Scan] | None:
+        """First row, time stamps [frames] and packets of the groups between two keyframes."""
         a, b = int(cuts[first]), int(cuts[stop])
-        seek(container, stream, int(rows["f0"][a]))
-        some = list(islice(packets(container, stream), b - a)) if b - a <= total // 2 else []
-        if len(some) < b - a or some[0].dts != rows["f0"][a]:
+        seek(container, stream, int(decoded[a]))
+        late = dropwhile(lambda p: (p.dts or 0) < decoded[a], packets(container, stream))
+        some = islice(late, b - a)  # a seek by decoding time comes out a group early
+        key = next(some, None)
+        if key is None or key.dts != decoded[a] or b - a > total // 2:
             return None
-        found = scan(some, stream)
-        stamps = np.array(found.stamps)
-        inner = cuts[first + 1 : stop] - a
+        found = scan(chain([key], some), stream)
+        stamps, inner = np.array(found.stamps), cuts[first + 1 : stop] - a
         behind = np.minimum.accumulate(stamps[::-1])[::-1]
         parted = (np.maximum.accumulate(stamps)[inner - 1] < behind[inner]).all()
-        stamps.sort()
-        whole = (first == 0 or stamps[0] <= low) and (stop == len(begins) or stamps[-1] > high)
-        if found.torn or found.joined or not found.timed or not parted or (nth == 1 and not whole):
-            return None
-        if nth == 0:
-            zero = stamps[0]
-            ticks += zero - ticks[0]
-        ticks[:a], ticks[b:] = ticks[:a].clip(max=stamps[0] - 1), ticks[b:].clip(stamps[-1] + 1)
-        ticks[a:b], last = stamps, found.last
+        plain = found.timed and not found.torn and not found.joined and len(stamps) == b - a
+        return (a, np.sort(stamps), found) if plain and parted else None
+
+    groups = len(cuts) - 1
+    head, tail = demux(0, 1), demux(groups - 1, groups)
+    if not head or not tail:
+        return None
+    zero = head[1][0]
+    low, high = zero + start / unit, zero + end / unit
+    first, stop = np.searchsorted(decoded[cuts[:-1]], (low, high), "right")
+    first, stop = min(max(0, first - 1 - SPARE), groups - 1), min(stop + SPARE, groups)
+    middle = demux(first, stop)
+    if not middle or (first and middle[1][0] > low) or (stop < groups and middle[1][-1] <= high):
+        return None
+    ticks, keys = decoded - decoded[0] + zero, set()
+    for row, stamps, found in (head, middle, tail):
+        behind = row + len(stamps)
+        ticks[:row] = ticks[:row].clip(max=stamps[0] - 1)
+        ticks[row:behind] = stamps
+        ticks[behind:] = ticks[behind:].clip(stamps[-1] + 1)
         keys |= set(found.keys)
     times = (ticks - zero) * unit
-    return Index(path, times, float(times[-1]) + last * unit, total, ticks, False, sorted(keys))
+    duration = float(times[-1]) + tail[2].last * unit
+    return Index(path, times, duration, total, ticks, False, sorted(keys))
 
 
 def _is_idr(data: memoryview) -> bool:
