@@ -37,8 +37,13 @@ from video_files import video as video  # the fixture
 
 from zipvl.errors import MediaError, UsageError
 from zipvl.vision import index as index_module
-from zipvl.vision.boxes import MAX_SAMPLES, check_tables
-from zipvl.vision.index import THREADED_PIXELS, opened, read_index
+from zipvl.vision.index import (
+    MAX_SAMPLES,
+    THREADED_PIXELS,
+    check_tables,
+    opened,
+    read_index,
+)
 from zipvl.vision.source import seconds
 from zipvl.vision.video import (
     MAX_FRAMES,
