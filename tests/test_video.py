@@ -359,6 +359,27 @@ def test_no_memory_is_not_a_damaged_video(video: Video, monkeypatch: pytest.Monk
         pass
 
 
+def test_a_stream_that_begins_late_is_no_traceback(video: Video, tmp_path: Path) -> None:
+    data, path = bytearray(video("program.mpg").read_bytes()), tmp_path / "late.mpg"
+    at = data.rindex(b"\0\0\1\xe0", 0, len(data) * 2 // 3)
+    data[at + 3] = 0xE1  # of another video, which the probe never saw
+    path.write_bytes(data)
+    assert 60 < read_video(path, frames=4).total <= 90
+
+
+def test_a_frame_that_cannot_be_shown_is_one_sentence(
+    video: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import av
+
+    def refuse(*_: object) -> None:
+        raise av.error.OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("zipvl.vision.video._upright", refuse)
+    with pytest.raises(MediaError, match=r"h264\.mp4 has a frame that cannot be shown"):
+        read_video(video("h264.mp4"))
+
+
 @pytest.mark.parametrize(("ending", "size"), [("ts", None), ("mpg", None), ("ts", (48, 32))])
 def test_joined_files_keep_all_their_frames(
     video: Video, tmp_path: Path, ending: str, size: tuple[int, int] | None

@@ -108,12 +108,23 @@ def opened(path: str, threaded: bool = False) -> Iterator[tuple[Any, Any]]:
         yield container, streams[0]
 
 
+def demuxed(container: Any, *streams: Any) -> Iterator[Any]:
+    """Packets of all streams or of some, where some may begin that the header does not name."""
+    more = True
+    while more:
+        more = False
+        try:
+            yield from container.demux(*streams)
+        except IndexError:  # PyAV meets a stream it has not heard of; the next packet follows
+            more = True
+
+
 def packets(container: Any, *streams: Any) -> Iterator[Any]:
     """Packets with content, of all streams or of some, up to the first that cannot be read."""
     from av.error import FFmpegError
 
     with suppress(FFmpegError):
-        yield from (packet for packet in container.demux(*streams) if packet.size)
+        yield from (packet for packet in demuxed(container, *streams) if packet.size)
 
 
 def seek(container: Any, stream: Any, tick: int) -> None:
@@ -190,7 +201,7 @@ def read_index(path: str, start: float | None = None, end: float | None = None) 
         unit = float(stream.time_base) if timed else 1 / rate
         length, begin = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
         bases = [s.time_base for s in container.streams]
-        reach = max(float(end * bases[at]) for at, end in found.ends.items())
+        reach = max(float(end * bases[at]) for at, end in found.ends.items() if at < len(bases))
         short = found.torn or (timed and reach - begin < 0.95 * length - 1 / rate)
         times = (ticks - ticks[0]) * unit
         return Index(

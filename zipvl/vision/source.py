@@ -133,4 +133,4 @@ def _no_picture(path: str) -> str:
     if VIDEO.match(head):
         return "is a video: use -v, or video= in Python"
     known = ", ".join(FORMATS)
-    return f"is cut short or no picture of a kind that is read ({known}): save it as PNG"
+    return f"cannot be read as a picture (it is cut short or none of {known}): save it as PNG"

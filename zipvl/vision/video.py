@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import MediaError, UsageError
 from . import source as ceilings
-from .index import Index, array_index, opened, packets, read_index, seek
+from .index import Index, array_index, demuxed, opened, packets, read_index, seek
 from .source import local_file
 
 READERS = ("pyav", "decord")
@@ -207,7 +207,7 @@ def frames_of(container: Any, stream: Any) -> Iterator[Any]:
     from av.error import FFmpegError
 
     try:
-        for packet in container.demux(stream):
+        for packet in demuxed(container, stream):
             try:
                 frames = packet.decode()
             except MemoryError:
@@ -250,6 +250,8 @@ def _from_key(container: Any, stream: Any, keys: Sequence[int], want: int) -> It
 def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
     """The targets, ascending; in a lost one's place the frame after it, or else the last."""
     with opened(index.path, threads == "AUTO") as (container, stream):
+        from av.error import FFmpegError
+
         stream.thread_type = threads
         size = stream.codec_context.width, stream.codec_context.height
         source = enumerate(frames_of(container, stream))
@@ -271,7 +273,15 @@ def pyav_frames(index: Index, targets: list[int], threads: str) -> Frames:
             if frame is None:
                 return
             matrix = matrix or _matrix(frame)  # once: to ask keeps a frame alive until collected
-            yield _upright(frame, size, matrix), at == want and not hurt
+            try:
+                picture = _upright(frame, size, matrix)
+            except MemoryError:
+                raise
+            except FFmpegError as e:  # damage made it a pixel format that nothing converts
+                raise MediaError(
+                    f"{index.name} has a frame that cannot be shown ({e.strerror}): it is damaged"
+                ) from None
+            yield picture, at == want and not hurt
 
 
 # --- pictures, by decord, for who asks for it ---------------------------------------------------
