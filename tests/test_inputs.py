@@ -75,7 +75,7 @@ def test_warnings_and_rates_reach_the_prompt(oracle: Callable) -> None:
     """`fps` alone is never cut; with `frames` it may be, and a sentence says so."""
     engine = zipvl.load(oracle("llava_onevision").folder, device="cpu", dtype="float32")
     path = str(zipvl.demo_clip())  # 160 frames, 16 a second
-    inputs = engine.prepare("what", video=path, frames=None, fps=8)
+    inputs = engine.prepare("what", video=path, fps=8)
     assert (len(inputs.media[0].clip.indices), inputs.warnings) == (80, [])
     inputs = engine.prepare("what", video=path, frames=4, fps=8)
     assert len(inputs.media[0].clip.indices) == 4

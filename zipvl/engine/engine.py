@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from .stats import (
 )
 
 ROOM = 256  # places for new tokens in a cache: at first, and again whenever they are full
+FRAMES = 32  # of a video, where nobody says how many
 LOGIT_ROWS = 128  # rows of logits at a time
 CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
 
@@ -115,7 +116,7 @@ class Engine:
         prompt: str | Sequence[Message],
         images: Sequence[ImageSource] = (),
         video: VideoSource | Sequence[VideoSource] | None = None,
-        frames: int | None = 32,
+        frames: int | Literal["auto"] | None = "auto",
         fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
@@ -128,11 +129,14 @@ class Engine:
         `<video>` in it place the media, else they come first. `video` is a path, uint8
         [F, H, W, 3], or a list of these.
         Media of an earlier Inputs are taken as they are, features included.
-        `frames` uniformly spread, or at most so many at `fps`; between seconds `start` and `end`;
-        by the `reader` pyav, or by decord, which is for plain MP4 and Matroska files only.
+        `frames` uniformly spread, or at most so many at `fps`; None: all, "auto": 32, and all at
+        `fps`; between seconds `start` and `end`; by the `reader` pyav, or by decord, which is for
+        plain MP4 and Matroska files only.
         Raises MediaError, UsageError, ModelError.
         """
         began, messages = time.perf_counter(), conversation(prompt, system)
+        if frames == "auto":
+            frames = FRAMES if fps is None else None
         with memory_errors(self.model.device, "reading media", "use fewer --frames"):
             images = as_list(images)
             pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
