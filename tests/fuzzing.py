@@ -40,7 +40,7 @@ from zipvl.errors import ZipvlError
 
 SEED, JOBS = 0, 2
 BUDGET = 1200.0  # seconds of CPU for all cases: ten minutes of two cores
-LONGEST = 1000  # characters of a message: a longer one is no sentence, but the file poured out
+LONGEST = 3000  # characters of a message: thirty names fit, a file poured out does not
 REPORT = 4000  # bytes of a child's report, few enough for a pipe to take them at once
 REACHING = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 PR_SET_PDEATHSIG = 1
@@ -55,7 +55,7 @@ class Limits:
     """Of one child."""
 
     cpu: int = 10  # seconds, of CPU: clocks run faster on a busy machine
-    wall: float = 60.0  # seconds, for one that sleeps
+    wall: float = 120.0  # seconds, for one that sleeps
     memory: int = 2**30  # bytes resident, beyond the parent's own
 
 

@@ -130,7 +130,7 @@ FAULTS = {
     "stdout: 'hello": speak,
     "is empty": refuse(""),
     "is not one printable line": refuse("{} is\nbad"),
-    "is very long": refuse("{} " + "x" * 1000),
+    "is very long": refuse("{} " + "x" * 3000),
     "does not name the file": refuse("some file is bad"),
 }
 
