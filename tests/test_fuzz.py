@@ -34,10 +34,10 @@ def fuzz(count: int) -> None:
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
     )
-    rows = ROW.findall(done.stdout)
+    rows = [row for row in ROW.findall(done.stdout) if row[0] in fuzzing.KINDS]
     assert done.returncode == 0, done.stdout
-    assert sum(int(row[1]) for row in rows[1:]) == count, "stopped early"
-    for kind, _, ok, refused, _ in rows[1:]:  # damage that always or never shows finds nothing
+    assert sum(int(row[1]) for row in rows) == count, "stopped early"
+    for kind, _, ok, refused, _ in rows:  # damage that always or never shows finds nothing
         assert int(ok) > 0, kind
         assert int(refused) > 0, kind
 
@@ -52,6 +52,7 @@ def test_ten_thousand_cases() -> None:
     fuzz(int(os.environ.get("ZIPVL_FUZZ", "10000")))
 
 
+@pytest.mark.slow
 def test_a_case_is_the_same_again(tmp_path: Path) -> None:
     first, second = (fuzzing.build(tmp_path / name) for name in ("first", "second"))
     assert contents(first) == contents(second)
