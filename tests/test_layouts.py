@@ -355,7 +355,7 @@ def test_no_config_and_not_text(tmp_path: Path) -> None:
     refused(tmp_path, "not readable JSON")
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
-    refused(tmp_path, "not readable JSON")
+    refused(tmp_path, "config.json is a folder")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,15 @@ model/layouts.py fills the records from the two kinds of checkpoints.
 """
 
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
+
+JSON_BYTES = 2**24  # of a JSON file; the largest known index has half of it
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,13 @@ class Section:
             raise self.wrong(key, value, "expected a number above 0")
         return float(value)
 
+    def flag(self, key: str, usual: bool = False) -> bool:
+        """The true or false at `key`, `usual` where it is missing or null."""
+        value = usual if self.get(key) is None else self.get(key)
+        if not isinstance(value, bool):
+            raise self.wrong(key, value, "expected true or false")
+        return value
+
     def choice(self, key: str, options: tuple[str, ...], usual: str | None = None) -> str:
         """The value at `key`, `usual` where it is missing, which must be one of `options`."""
         return self.one_of(self.get(key, usual), options, key)
@@ -167,13 +178,43 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def check_file(path: Path, most: int | None = None) -> None:
+    """Raises ModelError where `path` is no regular file, cannot be read or has over `most` bytes.
+
+    To open a pipe would wait for ever, and a device has no end.
+    """
+    try:
+        info = path.stat()
+        if stat.S_ISREG(info.st_mode) and not os.access(path, os.R_OK):
+            raise PermissionError(13, "Permission denied")
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: a checkpoint folder needs it") from None
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise ModelError(f"{path} is a folder, a pipe or a device: a checkpoint holds plain files")
+    if most is not None and info.st_size > most:
+        raise ModelError(
+            f"{path} has {info.st_size:,} bytes, and zipvl reads {most:,} of such a file: download "
+            "it again"
+        )
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """What is in a file of a checkpoint. Raises ModelError as `check_file` does."""
+    check_file(path, most)
+    try:
+        with path.open("rb") as file:
+            return file.read(most)  # a size may be a lie, in /proc
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`, or one sentence about why not."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: a checkpoint folder needs it") from None
-    except (OSError, ValueError, RecursionError) as e:  # bad JSON, bad UTF-8, huge digits
+        data = json.loads(read_bytes(path, JSON_BYTES).decode())
+    except (ValueError, RecursionError) as e:  # bad JSON, bad UTF-8, huge digits
         raise ModelError(f"{path} is not readable JSON ({e}): download the file again") from None
     if not isinstance(data, dict):
         raise ModelError(f"{path} does not hold a JSON object: download the file again")
@@ -182,4 +223,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def optional_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, {} where there is no such file."""
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if os.path.exists(path) else {}

@@ -3,9 +3,9 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..config import ModelConfig
 from ..errors import ModelError, UsageError
 from ..model.chat import Chat
 from ..model.vlm import VLM
+from ..model.weights import Progress
 from ..vision.image import Geometry, crops, fit_frame, open_image
 from ..vision.merge import count_tokens_image, count_tokens_video, merge_video
 from ..vision.video import Clip, Reading
@@ -26,7 +27,6 @@ BATCH = 16  # frames in the tower at a time
 MARKER = "(<image>|<video>)"
 
 Message = dict[str, Any]
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]  # label, total
 
 
 @dataclass
@@ -65,6 +65,11 @@ def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
     """A picture's crops and token count; Media pass. Raises MediaError."""
     if isinstance(source, Media):
         return source
+    if not isinstance(source, str | os.PathLike | Image.Image):
+        raise UsageError(
+            f"a picture is a {type(source).__name__}: give a path or a PIL image (of an array: "
+            "PIL.Image.fromarray)"
+        )
     pixels, geometry = crops(open_image(source), config.media, alone)
     tokens = count_tokens_image(geometry, config.media, config.vision)
     return Media("image", torch.from_numpy(pixels), geometry, tokens)
@@ -86,6 +91,14 @@ def read_clip(
     """
     if isinstance(source, Media):
         return source, 0.0
+    if not isinstance(source, str | os.PathLike | np.ndarray):
+        kind = type(source).__name__
+        raise UsageError(f"a video is a {kind}: give a path or an array uint8 [F, h, w, 3]")
+    numbers = {"frames": frames, "fps": fps, "start": start, "end": end}
+    for name, number in numbers.items():
+        known = Integral if name == "frames" else Real
+        if isinstance(number, bool) or not isinstance(number, known | None):
+            raise UsageError(f"{name} is {number!r:.60}: give a number")
     if isinstance(source, np.ndarray) and frames is not None:
         frames = min(frames, max(1, len(source)))  # chosen already: no word where they are fewer
     buffer = FrameBuffer(model)
@@ -148,19 +161,44 @@ def as_list(media: Any) -> Sequence[Any]:
 
 
 def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
-    """Chat messages with text content; a plain prompt is one user message. Raises UsageError."""
+    """Chat messages with text content; a plain prompt is one user message.
+
+    Content may be a list of parts, as Hugging Face and OpenAI write it: {"type": "text", "text":
+    TEXT}, and {"type": "image"} or {"type": "video"} where a medium stands. Raises UsageError.
+    """
+    if not isinstance(prompt, Sequence) or not isinstance(system, str | None):
+        kinds = type(prompt).__name__, type(system).__name__
+        raise UsageError("the prompt is a {}, system a {}: give text".format(*kinds))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    for m in messages:
+    for i, m in enumerate(messages):
         known = isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
-        if not known or not isinstance(m.get("content"), str):
+        if not known or not isinstance(m.get("content"), str | list | tuple):
             raise UsageError(
                 f"{m!r:.80} is no message: give {{'role': 'user', 'content': TEXT}}, or the same "
                 "from system or assistant"
             )
+        if not isinstance(m["content"], str):
+            text = "".join(part_text(part, m["role"] == "user") for part in m["content"])
+            messages[i] = m | {"content": text}
     if not any(m["role"] == "user" for m in messages):
         raise UsageError("the conversation has no message from the user")
     head = [{"role": "system", "content": system}] if system else []
     return head + messages
+
+
+def part_text(part: object, media: bool) -> str:
+    """A content part as text, the marker of a medium where `media` are allowed."""
+    if isinstance(part, dict):
+        kind, text = part.get("type"), part.get("text")
+        if kind == "text" and isinstance(text, str):
+            return text
+        if kind in ("image", "video") and media and len(part) == 1:
+            return f"<{kind}>"
+    raise UsageError(
+        f"{part!r:.80} is no part of a message: give {{'type': 'text', 'text': TEXT}}, and in a "
+        "user's message {'type': 'image'} or {'type': 'video'}; the pictures and videos go to "
+        "images= and video=, in the same order"
+    )
 
 
 def place_media(messages: list[Message], images: int, videos: int) -> list[Message]:

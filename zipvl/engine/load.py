@@ -1,14 +1,17 @@
 """From a checkpoint's name to an Engine: device, dtype, weights, tokenizer, attention backend."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..errors import ModelError, UsageError, memory_errors
 from ..model import kernels
 from ..model.chat import Chat
 from ..model.layouts import read_config
-from ..model.weights import find_checkpoint, load_weights
+from ..model.weights import find_checkpoint, load_weights, silent
 from .engine import Engine, Step
 from .speed import GraphStep, check_kind, compile_rows, pack_weights
 
@@ -33,6 +36,10 @@ def load(
     `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
     Raises ModelError, UsageError.
     """
+    words = {"device": device, "dtype": dtype, "attn": attn, "weights": weights}
+    for name, word in words.items():
+        if not isinstance(word, str):
+            raise UsageError(f"{name} is {word!r:.60}: give a name")
     folder = find_checkpoint(DEMO / "model" if model is None else model)
     config = read_config(folder)
     place = pick_device(device)
@@ -42,7 +49,7 @@ def load(
     backend, attend = kernels.pick(attn, place, kind, config.text.head_dim)
     chat = Chat.from_folder(folder, config, template)
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
-        vlm = load_weights(config, folder, place, kind)
+        vlm = load_weights(config, folder, place, kind, bar if show_progress else silent)
         if weights != "full":
             pack_weights(vlm, weights)
     if compile:
@@ -54,6 +61,13 @@ def load(
         )
     step = GraphStep if compile and place.type == "cuda" else Step
     return Engine(vlm, chat, backend, attend, show_progress, step)
+
+
+@contextmanager
+def bar(label: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, as `Engine.progress` shows them."""
+    with tqdm(total=total, desc=f"{label:<13}", leave=False, dynamic_ncols=True) as shown:
+        yield shown.update
 
 
 def pick_device(device: str) -> torch.device:

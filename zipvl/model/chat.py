@@ -10,21 +10,19 @@ The template is the checkpoint's own jinja file, or the built-in one of its fami
 transformers passes them. Built-in ones take content as one string.
 """
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError, ext, nodes, sandbox
-from jinja2.parser import Parser
 from tokenizers import Tokenizer
 
-from ..config import ModelConfig, optional_json
-from ..errors import ModelError, UsageError
+from ..config import ModelConfig, optional_json, read_bytes, shown
+from ..errors import ModelError, OutOfMemory, UsageError
+from .sandbox import TEMPLATE_SOURCE, Meter, Overrun
 from .tokenizer import Detokenizer, bos_ids, load_tokenizer, named_tokens, stop_ids
 
 Part = dict[str, str]  # {"type": "image"} | {"type": "video"} | {"type": "text", "text": ...}
@@ -49,7 +47,8 @@ class Chat:
         """Read the tokenizer and template in `folder`.
 
         `template`: None for the checkpoint's own (else its family's), the name of a built-in one,
-        or a .jinja file. Raises ModelError or UsageError naming the file or argument at fault.
+        or a .jinja file. Raises ModelError or UsageError naming the file or argument at fault: a
+        template that cannot put any question is told here, before media are read.
         """
         settings = optional_json(folder / "tokenizer_config.json")
         tok = load_tokenizer(folder, settings)
@@ -57,7 +56,7 @@ class Chat:
         ids = _marker_ids(tok, folder, config)
         added = tok.get_added_tokens_decoder()
         markers = {kind: added[i].content for kind, i in ids.items()}
-        return cls(
+        chat = cls(
             tokenizer=tok,
             template=load_template(folder, config, template, tokens),
             markers=markers or {"image": "<image>", "video": "<image>"},
@@ -67,6 +66,14 @@ class Chat:
             vocab_size=max(tok.get_vocab().values()) + 1,
             special_ids=frozenset(i for i, token in added.items() if token.special),
         )
+        question = {"type": "text", "text": "probe"}
+        try:
+            chat.render([{"role": "user", "content": [question]}])
+        except Overrun:
+            raise
+        except ModelError:  # it may want a picture
+            chat.render([{"role": "user", "content": [{"type": "image"}, question]}])
+        return chat
 
     @property
     def template_name(self) -> str:
@@ -196,12 +203,18 @@ class PromptTemplate:
     tokens: dict[str, str]  # bos_token, eos_token, ... of the tokenizer
 
     def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt up to where the answer starts. Raises ModelError when the template fails."""
+        """The prompt up to where the answer starts.
+
+        Raises ModelError when the template fails, Overrun when it passes a ceiling, OutOfMemory.
+        """
         try:
             return self.source(messages=messages, add_generation_prompt=True, **self.tokens)
+        except MemoryError:
+            raise OutOfMemory(f"out of memory in the chat template {self.name}") from None
         except Exception as e:  # a template is a foreign program: anything can come out of it
-            raise ModelError(
-                f"the chat template {self.name} fails on this conversation ({e}): "
+            kind = Overrun if isinstance(e, Overrun) else ModelError
+            raise kind(
+                f"the chat template {self.name} fails on this conversation ({e!s:.200}): "
                 f"choose another template ({', '.join(BUILT_IN)})"
             ) from None
 
@@ -211,6 +224,8 @@ class PromptTemplate:
         part = {"type": "text", "text": "probe"}
         try:
             text = self.render([{"role": "user", "content": [part]}])
+        except Overrun:
+            raise
         except ModelError:
             return False
         return "probe" in text and "'text'" not in text
@@ -224,27 +239,25 @@ def load_template(
     Raises UsageError for an unknown choice, ModelError for a template that does not compile.
     """
     name, source = _named(choice) if choice is not None else _shipped(folder, config)
-    env = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    env.filters["tojson"] = lambda value, **o: json.dumps(value, ensure_ascii=False, **o)
-    env.globals["raise_exception"] = _refuse
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return PromptTemplate(name, env.from_string(source).render, tokens)
-    except (TemplateError, RecursionError) as e:
+        return PromptTemplate(name, Meter().compiled(source), tokens)
+    except MemoryError:
+        raise OutOfMemory(f"out of memory in the chat template {name}") from None
+    except Exception as e:  # also from Python's compiler: a template may nest too deeply for it
         raise ModelError(
-            f"the chat template {name} is not valid jinja ({e}): choose another template "
+            f"the chat template {name} is not valid jinja ({e!s:.200}): choose another template "
             f"({', '.join(BUILT_IN)})"
         ) from None
 
 
 def _named(choice: str) -> tuple[str, str]:
+    if not isinstance(choice, str | os.PathLike):
+        raise UsageError(f"template is {choice!r:.60}: give a name or a .jinja file")
     if choice in BUILT_IN:
         return choice, BUILT_IN[choice]
     try:
-        return choice, Path(choice).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return choice, _read_template(Path(choice))
+    except (ModelError, ValueError):
         raise UsageError(
             f"template {choice!r} is neither built in ({', '.join(BUILT_IN)}) nor a readable file"
         ) from None
@@ -252,19 +265,30 @@ def _named(choice: str) -> tuple[str, str]:
 
 def _shipped(folder: Path, config: ModelConfig) -> tuple[str, str]:
     own = folder / "chat_template.jinja"
-    if own.exists():
+    if os.path.exists(own):
         try:
-            return str(own), own.read_text(encoding="utf-8")
-        except (OSError, ValueError) as e:
+            return str(own), _read_template(own)
+        except ValueError as e:
             raise ModelError(f"{own} is not readable ({e}): download the file again") from None
     for file in ("chat_template.json", "tokenizer_config.json"):
         found = optional_json(folder / file).get("chat_template")
         if isinstance(found, list):  # several named templates: "default" answers, others use tools
-            found = {t["name"]: t["template"] for t in found}.get("default")
+            named = {str(t.get("name")): t for t in found if isinstance(t, dict)}
+            found = found if len(named) < len(found) else named.get("default", {}).get("template")
         if isinstance(found, str):
             return str(folder / file), found
+        if found is not None:
+            raise ModelError(
+                f"{folder / file}: chat_template is {shown(found)}, expected text or a list of "
+                "templates with a name each"
+            )
     name = _default(config)
     return name, BUILT_IN[name]
+
+
+def _read_template(path: Path) -> str:
+    """Text of a template file. Raises ModelError, ValueError."""
+    return read_bytes(path, 4 * TEMPLATE_SOURCE).decode()
 
 
 def _default(config: ModelConfig) -> str:
@@ -272,21 +296,6 @@ def _default(config: ModelConfig) -> str:
     by_family = {"llava": "vicuna", "llava_next": "llava_v1"} if config.layout == "hf" else {}
     by_decoder = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
     return by_decoder.get(config.text.kind) or by_family.get(config.family, "vicuna_v1")
-
-
-class _Generation(ext.Extension):
-    """{% generation %} marks answers for training; here its body is simply printed."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Scope:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
 
 
 # The built-in templates.

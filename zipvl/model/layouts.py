@@ -7,6 +7,7 @@ Hub files leave out every value that equals a class default, so the defaults sta
 """
 
 import ast
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ MEDIA_TOKENS = {  # ids of a picture's and a video's placeholder where config.js
     "llava_next_video": (32001, 32000),
     "llava_onevision": (151646, 151647),
 }
+CANVAS_CROPS, CANVAS_PIXELS, CANVAS_TOKENS = 2**8, 2**26, 2**18  # of one picture
+CROP_TOKENS = 2**14
 POOLS = ("average", "max", "bilinear")
 NEWLINES = {"one_token": "one", "no_token": "none", "grid": "grid", "frame": "frame"}
 
@@ -111,7 +114,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
     pre = _read_preprocessor(folder)
 
     # 2 the decoder and what lies between
-    tied = bool(file.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    tied = file.flag("tie_word_embeddings") | text.flag("tie_word_embeddings")
     decoder = read_text(text, text.get("model_type", "qwen2" if onevision else "llama"), tied)
     file.choice("projector_hidden_act", ("gelu",), "gelu")
     usual_image, usual_video = MEDIA_TOKENS[family]
@@ -127,8 +130,8 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
         vision=vision,
         media=MediaConfig(
             **_read_pixels(pre, vision),
-            image="anyres" if not plain else "pad" if pre.get("do_pad") else "crop",
-            pinpoints=() if plain else _read_pinpoints(file, canvases, vision.image_size),
+            image="anyres" if not plain else "pad" if pre.flag("do_pad") else "crop",
+            pinpoints=() if plain else _read_pinpoints(file, canvases, vision),
             merge="flat" if plain else "spatial_unpad",
             max_tiles=tiles if onevision else None,
             several="pad" if onevision else "same",
@@ -140,7 +143,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
         family=family,
         layout="hf",
         projector="mlp2x_gelu",
-        projector_bias=bool(file.get("multimodal_projector_bias", True)),
+        projector_bias=file.flag("multimodal_projector_bias", True),
         newline=not plain,
         image_token=image,
         video_token=video,
@@ -170,14 +173,14 @@ def _read_original(folder: Path, file: Section) -> ModelConfig:
 
     # 2 the decoder; the original Qwen and Mistral classes ignore rope_scaling
     text = file if kind == "llama" else file.holding(file.raw | {"rope_scaling": None})
-    decoder = read_text(text, kind, bool(file.get("tie_word_embeddings")))
+    decoder = read_text(text, kind, file.flag("tie_word_embeddings"))
 
     # 3 pictures and videos
     aspect = str(file.get("image_aspect_ratio") or "square")
     tiles, anyres, newline = _max_tiles(aspect), aspect.startswith("anyres"), "unpad" in merge
     pinpoints: tuple[tuple[int, int], ...] = ()
     if anyres:  # written as (width, height), where HF reads the same list as (height, width)
-        pairs = _read_pinpoints(file, file.get("image_grid_pinpoints"), vision.image_size)
+        pairs = _read_pinpoints(file, file.get("image_grid_pinpoints"), vision)
         pinpoints = tuple((h, w) for w, h in pairs)
     mode = file.get("mm_spatial_pool_mode") or ("bilinear" if siglip else "average")
     family = "llava_onevision" if tiles else "llava_next" if anyres else "llava"
@@ -214,13 +217,13 @@ def _find_tower(folder: Path, file: Section) -> Section:
     name = file.raw["mm_vision_tower"]
     name = name if isinstance(name, str) else ""
     for place in (folder / name, Path(name)):
-        if name and (place / "config.json").exists():
+        if name and os.path.exists(place / "config.json"):
             return Section(read_json(place / "config.json"), str(place))
     for public, config in PUBLIC_TOWERS.items():
         if name == public or Path(name).name == public.split("/")[1]:
             return Section(config, public)
     raise file.fault(
-        f"mm_vision_tower {name!r} is neither a folder with a config.json nor one of "
+        f"mm_vision_tower {shown(name)} is neither a folder with a config.json nor one of "
         f"{', '.join(PUBLIC_TOWERS)}: put the tower's folder there"
     )
 
@@ -248,7 +251,7 @@ def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
             f"hidden_size {width}, {heads} heads of {head_dim} and {kv_heads} key/value "
             "heads do not divide"
         )
-    windowed = kind == "mistral" or (kind == "qwen2" and c.get("use_sliding_window"))
+    windowed = kind == "mistral" or (kind == "qwen2" and c.flag("use_sliding_window"))
     windowed = windowed and c.get("sliding_window") is not None
     return TextConfig(
         kind=kind,
@@ -301,6 +304,8 @@ def read_vision(file: Section, layers: Any, drop_cls: bool, grid: bool = False) 
         take=tuple(i if i >= 0 else count + 1 + i for i in listed),
         drop_cls=kind == "clip" and drop_cls,
     )
+    if vision.grid**2 > CROP_TOKENS:
+        raise c.fault(f"image {size} and patch {patch} make over {CROP_TOKENS:,} tokens of a crop")
     if grid and kind == "clip" and not drop_cls:
         raise file.fault("only LLaVA-1.5 can keep CLIP's class token (feature selection)")
     return vision
@@ -309,7 +314,7 @@ def read_vision(file: Section, layers: Any, drop_cls: bool, grid: bool = False) 
 def _read_preprocessor(folder: Path) -> Section:
     """Image-processor settings: preprocessor_config.json (v4) or processor_config.json (v5)."""
     files = folder / "preprocessor_config.json", folder / "processor_config.json"
-    for path in filter(Path.exists, files):
+    for path in filter(os.path.exists, files):
         raw = read_json(path)
         raw = Section(raw, str(path)).section("image_processor").raw or raw
         if "image_mean" in raw or "size" in raw:
@@ -337,12 +342,14 @@ def _read_colours(pre: Section, key: str, usual: tuple[float, ...]) -> tuple[flo
     return tuple(pre.holding({key: value}).positive(key) for value in values)
 
 
-def _read_pinpoints(file: Section, value: Any, tile: int) -> tuple[tuple[int, int], ...]:
+def _read_pinpoints(file: Section, value: Any, vision: VisionConfig) -> tuple[tuple[int, int], ...]:
     """Canvas sizes in pixels, as the file orders a pair (HF: height, width; original: the reverse).
 
     A list of pairs, the same as a Python literal, or "(1x1),...,(6x6)": all pairs of tile counts
-    between the first and the last. Raises ModelError for anything else, and for parts of a tile.
+    between the first and the last. Raises ModelError for anything else, for parts of a tile and for
+    canvases past the ceilings.
     """
+    tile = vision.image_size
     if isinstance(value, str) and "x" in value:
         if found := re.fullmatch(r"\((\d\d?)x(\d\d?)\).*\((\d\d?)x(\d\d?)\)", value):
             a, b, c, d = map(int, found.groups())
@@ -355,6 +362,15 @@ def _read_pinpoints(file: Section, value: Any, tile: int) -> tuple[tuple[int, in
     whole = isinstance(value, list | tuple) and 0 < len(value) <= 10**4
     if not whole or not all(_is_canvas(pair, tile) for pair in value):
         raise file.wrong("image_grid_pinpoints", value, f"expected pairs of multiples of {tile}")
+    for a, b in value:
+        crops = a * b // tile**2
+        large = crops > CANVAS_CROPS or a * b > CANVAS_PIXELS
+        if large or crops * vision.grid**2 > CANVAS_TOKENS:
+            raise file.fault(
+                f"image_grid_pinpoints has a canvas of {a} x {b} pixels, {crops:,} crops: zipvl "
+                f"makes up to {CANVAS_CROPS} crops, {CANVAS_PIXELS:,} pixels and "
+                f"{CANVAS_TOKENS:,} tokens of a picture"
+            )
     return tuple((a, b) for a, b in value)
 
 

@@ -6,18 +6,22 @@ vocab.json + merges.txt     Qwen2's byte-level BPE
 """
 
 import codecs
+import os
 import struct
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from ..config import ModelConfig, optional_json, read_json
+from ..config import ModelConfig, check_file, optional_json, read_bytes, read_json
 from ..errors import ModelError
 
+TOKENIZER_BYTES, PIECES_BYTES = 2**25, 2**23  # of tokenizer.json; of tokenizer.model
+PIECE_LENGTH, MERGES = 2**8, 2**20  # characters of a piece; ways to join two of them
 QWEN2_SPLIT = (  # one digit at a time; transformers models/qwen2/tokenization_qwen2.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,11 +35,13 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
 
     Raises ModelError naming the file at fault.
     """
-    if (folder / "tokenizer.json").exists():
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    as_json, as_pieces, *as_merges = (os.path.exists(folder / name) for name in names)
+    if as_json:
         tok = _from_json(folder / "tokenizer.json")
-    elif (folder / "tokenizer.model").exists():
+    elif as_pieces:
         tok = read_sentencepiece(folder / "tokenizer.model")
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+    elif all(as_merges):
         tok = _from_merges(folder)
     else:
         raise ModelError(
@@ -47,6 +53,7 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
 
 
 def _from_json(path: Path) -> Tokenizer:
+    check_file(path, TOKENIZER_BYTES)
     try:
         tok = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises no narrower class
@@ -63,6 +70,8 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _from_merges(folder: Path) -> Tokenizer:
+    for name in ("vocab.json", "merges.txt"):
+        check_file(folder / name, TOKENIZER_BYTES)
     try:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         tok = Tokenizer(models.BPE(vocab, merges))
@@ -119,9 +128,9 @@ def stop_ids(
 ) -> frozenset[int]:
     """Every end-of-answer id the folder knows of; ModelError when there is none."""
     raw = read_json(folder / "config.json")
-    sources = [raw, raw.get("text_config") or {}, optional_json(folder / "generation_config.json")]
+    sources = [raw, raw.get("text_config"), optional_json(folder / "generation_config.json")]
     found: list[Any] = []
-    for source in sources:
+    for source in (s for s in sources if isinstance(s, dict)):
         eos = source.get("eos_token_id")
         found += eos if isinstance(eos, list) else [eos]
     names = [tokens.get("eos_token", "")]
@@ -147,16 +156,17 @@ def read_sentencepiece(path: Path) -> Tokenizer:
 
     Raises ModelError when the file is damaged or is not a BPE model with plain normalisation.
     """
+    data = read_bytes(path, PIECES_BYTES)
     try:
-        pieces, kind, charsmap = _parse_model(path.read_bytes())
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, struct.error):
+        pieces, kind, charsmap = _parse_model(data)
+        if kind == 2 and not charsmap:
+            return _from_pieces(pieces)
+    except (LookupError, ValueError, TypeError, AttributeError, struct.error):
         raise ModelError(f"{path} is not a SentencePiece model: download the file again") from None
-    if kind != 2 or charsmap:
-        raise ModelError(
-            f"{path} is a SentencePiece model that is not plain BPE: save the tokenizer as "
-            "tokenizer.json beside it"
-        )
-    return _from_pieces(pieces)
+    raise ModelError(
+        f"{path} is a SentencePiece model that is not plain BPE: save the tokenizer as "
+        "tokenizer.json beside it"
+    )
 
 
 def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -164,12 +174,13 @@ def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
     stream = BytesIO(data)
 
     def varint() -> int:
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 70, 7):  # 64 bits at most
             (byte,) = stream.read(1)
-            value, shift = value | (byte & 127) << shift, shift + 7
+            value |= (byte & 127) << shift
             if byte < 128:
                 return value
+        raise ValueError("a number without end")
 
     while stream.tell() < len(data):
         number, wire = divmod(varint(), 8)
@@ -201,12 +212,17 @@ def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]
 
 def _from_pieces(pieces: list[tuple[str, float, int]]) -> Tokenizer:
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
-    ranked = [
+    if len(vocab) < len(pieces) or max(map(len, vocab)) > PIECE_LENGTH:
+        raise ValueError("a piece stands there twice or is no word")
+    pairs = (
         (-score, -cut, (text[:cut], text[cut:]))
         for text, score, kind in pieces
         for cut in range(1, len(text))
         if kind == PIECE and text[:cut] in vocab and text[cut:] in vocab
-    ]
+    )
+    ranked = list(islice(pairs, MERGES + 1))
+    if len(ranked) > MERGES:
+        raise ValueError("too many ways to join pieces")
     # SentencePiece merges the best-scored pair, leftmost first. Merges of equal score (runs of
     # spaces) then grow from the left, which is what preferring the longer left part does.
     merges = [pair for _, _, pair in sorted(ranked, key=lambda m: m[:2])]

@@ -7,16 +7,18 @@ repository); one small table makes them one:
     vision.*  projector.{0,2}.*  image_newline  text.{embed_tokens,layers.N,norm}.*  lm_head.weight
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import ModelConfig, read_json, shown
-from ..errors import ModelError
+from ..config import ModelConfig, check_file, read_json, shown
+from ..errors import ModelError, UsageError
 from .vlm import VLM
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]  # of a hub repository
@@ -31,16 +33,22 @@ SPELLINGS: list[tuple[str, str]] = [  # tried in order: tower names hold `layers
     (r"(?:.*\.)?(embed_tokens\.weight|layers\.\d+\..+|norm\.weight)", r"text.\1"),
 ]
 TOWER_SPELLINGS = [(r"(?:vision_model\.)?(.+)", r"vision.\1")]
+HEADER_BYTES, TENSORS = 2**22, 2**16  # of one safetensors file; in a whole checkpoint
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+           torch.float8_e5m2)  # fmt: skip
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]  # label, total
 # Saved by some versions, used by none: old buffers, the tower's last norm and its pooling head.
 UNUSED = r".*(rotary_emb\.inv_freq|embeddings\.position_ids)|vision\.(post_layernorm|head)\..*"
 
 
 def find_checkpoint(model: str | Path) -> Path:
     """The local folder of `model`; "owner/name" is fetched from the hub if it is no path."""
+    if not isinstance(model, str | os.PathLike):
+        raise UsageError(f"model is a {type(model).__name__}: give a folder or a hub id")
     path = Path(model).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{path} is a file: give the checkpoint's folder")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         return fetch(str(model))
@@ -64,14 +72,23 @@ def fetch(repo: str) -> Path:
         ) from None
 
 
+def silent(label: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Progress that nobody sees."""
+    return nullcontext(int)
+
+
 def load_weights(
-    config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = silent,
 ) -> VLM:
     """The model of `config` with the weights of `folder` on `device` in `dtype`.
 
     What the files lack of the tower comes from the folder that the config names for it. Peak memory
-    is the model plus one tensor. Raises ModelError that lists missing, unexpected and mis-shaped
-    names.
+    is the model plus one tensor. `progress` counts tensors. Raises ModelError that lists missing,
+    unexpected and mis-shaped names.
     """
     with torch.device("meta"):
         model = VLM(config)
@@ -85,15 +102,23 @@ def load_weights(
             shape = missing.pop(name, None)
             if shape is None:
                 rest.append(name)
+            elif tensor.dtype not in NUMBERS:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"{source} holds {name} as {kind}: quantised checkpoints are not supported, "
+                    "get one in bfloat16, float16 or float32"
+                )
             elif tensor.shape == shape:
                 place(model, name, tensor, device, dtype)
+                step(1)
             else:
                 misshaped.append(f"{name} is {list(tensor.shape)}, config says {list(shape)}")
         return rest
 
-    unexpected = [name for name in fill(folder, SPELLINGS) if not ignorable(name, config)]
-    if config.tower is not None and any(name.startswith("vision.") for name in missing):
-        fill(tower_folder(config.tower, folder), TOWER_SPELLINGS)
+    with progress("load weights", len(missing)) as step:
+        unexpected = [name for name in fill(folder, SPELLINGS) if not ignorable(name, config)]
+        if config.tower is not None and any(name.startswith("vision.") for name in missing):
+            fill(tower_folder(config.tower, folder), TOWER_SPELLINGS)
     tied = config.text.tied or "lm_head.weight" in missing  # no head in the files means a tied one
     if tied and "text.embed_tokens.weight" not in missing:
         missing.pop("lm_head.weight", None)
@@ -133,7 +158,7 @@ def report(folder: Path, missing: list[str], unexpected: list[str], misshaped: l
 
 
 def tower_folder(tower: str, folder: Path) -> Path:
-    if Path(tower).is_dir():
+    if os.path.isdir(tower):
         return Path(tower)
     try:
         return fetch(tower)  # a hub id, when the hub can be reached or has it cached
@@ -154,6 +179,8 @@ def read_tensors(folder: Path, spellings: list[tuple[str, str]]) -> Iterator[tup
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no dict
                 known = canonical(name, spellings)
+                if len(seen) == TENSORS:
+                    raise ModelError(f"{folder} holds more than {TENSORS:,} tensors: no such model")
                 if known in seen:
                     raise ModelError(f"{path} holds {name} a second time (first in {seen[known]})")
                 seen[known] = path.name
@@ -171,7 +198,7 @@ def canonical(name: str, spellings: list[tuple[str, str]]) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, else all there are."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if os.path.exists(index):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ModelError(f"{index} has no weight_map: download the file again")
@@ -208,13 +235,16 @@ def inside(index: Path, name: object) -> Path:
 
 def open_safetensors(path: Path) -> safe_open:
     """safe_open with the usual wrong files named for what they are."""
+    check_file(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    if HEADER_BYTES < int.from_bytes(start[:8], "little") < path.stat().st_size:
+        raise ModelError(f"{path} has a header of over {HEADER_BYTES:,} bytes: no such model")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except OSError as e:
-        raise ModelError(f"{path} cannot be read: {e.strerror}") from None
+        raise ModelError(f"{path} cannot be read: {e.strerror or e}") from None
     except SafetensorError as e:
-        with path.open("rb") as file:
-            start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
             hint = "it is a git-lfs pointer, not the weights: run `git lfs pull` in that folder"
         elif not start:
