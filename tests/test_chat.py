@@ -5,6 +5,7 @@ package, and Python's own UTF-8 decoder.
 """
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -454,6 +455,36 @@ def test_a_cut_model_file(spm_folder: Path, tmp_path: Path) -> None:
         read_sentencepiece(tmp_path / "tokenizer.model")
 
 
+def piece(string: bytes) -> bytes:
+    """One piece of a model file."""
+    inside = b"\x0a" + bytes([len(string) % 128 | 128, len(string) // 128]) + string
+    return b"\x0a" + bytes([len(inside) % 128 | 128, len(inside) // 128]) + inside
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 3_000_000,  # one number without end
+        b"\x0a\x00" * 500_000,  # more pieces than there may be
+        piece(b"a") * 2 + b"\x12\x02\x18\x02\x1a\x00\x1a\x02\x0a\x00",  # the same piece twice
+        piece(b"a" * 300) + b"\x12\x02\x18\x02\x1a\x00\x1a\x02\x0a\x00",
+        b"".join(piece(b"a" * i + b"b" * j) for i in range(40) for j in range(40) if i + j)
+        + b"\x12\x02\x18\x02\x1a\x00\x1a\x02\x0a\x00",  # 60,000 merges
+        bytes(2**22 + 1),
+    ],
+    ids=["number", "pieces", "twice", "long", "merges", "size"],
+)
+def test_model_files_without_end(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zipvl.model.tokenizer.MERGES", 10000)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    began = time.process_time()
+    with pytest.raises(ModelError, match=r"tokenizer\.model .*download"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
+    assert time.process_time() - began < 5
+
+
 def test_vocab_and_merges_files(qwen: tuple, tmp_path: Path) -> None:
     chat, ids = qwen
     bare = tmp_path / "bare"
@@ -515,6 +546,67 @@ def test_bad_tokenizer_files(tmp_path: Path, files: dict[str, str], clue: str) -
     with pytest.raises(ModelError, match=clue) as e:
         open_chat(tmp_path, model_config())
     assert str(tmp_path) in str(e.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
+     "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+     "chat_template.json", "merges.txt"],
+)  # fmt: skip
+def test_what_is_no_plain_file(tmp_path: Path, name: str) -> None:
+    """A pipe would hang, a device would fill the memory, a huge file too."""
+    ids = write_llama_like(tmp_path)
+    if name in ("tokenizer.model", "merges.txt"):
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.json").write_text("{}")
+    path, config = tmp_path / name, model_config(image=ids["<image>"])
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(ModelError, match="a pipe or a device") as e:
+        open_chat(tmp_path, config)
+    assert str(path) in str(e.value)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match="a pipe or a device"):
+        open_chat(tmp_path, config)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(ModelError, match="8,589,934,592 bytes, and zipvl reads"):
+        open_chat(tmp_path, config)
+
+
+def test_a_template_of_ones_own_that_is_no_file(tmp_path: Path) -> None:
+    write_llama_like(tmp_path, [])
+    for choice in (tmp_path, "/dev/zero", "x" * 5000, "\0"):
+        with pytest.raises(UsageError, match="nor a readable file"):
+            open_chat(tmp_path, model_config("llama", "original"), str(choice))
+
+
+@pytest.mark.parametrize("value", ["[1]", '[{"name": "default"}, 5]', "5", '{"default": "x"}'])
+@pytest.mark.parametrize("name", ["chat_template.json", "tokenizer_config.json"])
+def test_templates_that_are_no_text(tmp_path: Path, name: str, value: str) -> None:
+    write_llama_like(tmp_path, [])
+    (tmp_path / name).write_text('{"chat_template": ' + value + "}")
+    with pytest.raises(ModelError, match=r"chat_template is .*expected text") as e:
+        open_chat(tmp_path, model_config("llama", "original"))
+    assert name in str(e.value)
+
+
+@pytest.mark.parametrize("value", ['[{"name": 1}]', '[{"name": "tool", "template": "T"}]', "null"])
+def test_lists_without_a_default_template(tmp_path: Path, value: str) -> None:
+    write_llama_like(tmp_path, [])
+    (tmp_path / "chat_template.json").write_text('{"chat_template": ' + value + "}")
+    assert open_chat(tmp_path, model_config("llama", "original")).template_name == "vicuna_v1"
+
+
+def test_an_odd_section_has_no_stop_tokens(tmp_path: Path) -> None:
+    """The original layout reads no text_config."""
+    write_llama_like(tmp_path, [])
+    (tmp_path / "config.json").write_text('{"text_config": "llama", "eos_token_id": 9}')
+    assert open_chat(tmp_path, model_config("llama", "original")).stop_ids == {2, 9}
 
 
 def test_placeholder_of_another_checkpoint(tmp_path: Path) -> None:

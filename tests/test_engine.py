@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -246,7 +247,21 @@ def test_prompt_faults(engine: Engine, picture: Image.Image) -> None:
         ([], "no message from the user"),
         ([{"role": "system", "content": "Be brief."}], "no message from the user"),
         ([{"role": "usr", "content": "x"}], "'usr'.* is no message"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "is no message"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "'text': 5} is no part"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "is no part"),
+        ([{"role": "user", "content": ["x"]}], "'x' is no part"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "images="),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "http://a"}}],
+                }
+            ],
+            "images=",
+        ),
+        ([{"role": "assistant", "content": [{"type": "image"}]}], "is no part"),
+        ([{"role": "user", "content": 5}], "is no message"),
         ([{"role": "user"}], "is no message"),
         (["What?"], "'What\\?' is no message"),
     ],
@@ -256,6 +271,79 @@ def test_messages_at_fault(
 ) -> None:
     with pytest.raises(UsageError, match=named):
         engine.prepare(messages, images=[picture])
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (["What is shown?", "image"], "What is shown?<image>"),
+        (["image", "What is shown?"], "<image>\nWhat is shown?"),
+        (["First ", "image", " then ", "video", " which?"], "First <image> then <video> which?"),
+        (["video", "image", "a", " b"], "<video><image>a b"),
+    ],
+)
+def test_content_in_parts(
+    engine: Engine, picture: Image.Image, video: np.ndarray, parts: list[str], text: str
+) -> None:
+    """As Hugging Face and OpenAI write it: the ids of the same text with markers."""
+    kinds = ("image", "video")
+    content = [{"type": p} if p in kinds else {"type": "text", "text": p} for p in parts]
+    media = {"images": [picture], "video": [video] if "video" in parts else None, "frames": 2}
+    before = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    apart = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in before]
+    found = engine.prepare([*apart, {"role": "user", "content": content}], **media)
+    want = engine.prepare([*before, {"role": "user", "content": text}], **media)
+    assert torch.equal(found.input_ids, want.input_ids)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"prompt": None}, "the prompt is a NoneType"),
+        ({"prompt": 5}, "the prompt is a int"),
+        ({"system": 5}, "system is a int"),
+        ({"images": [np.zeros((900, 900, 3), dtype=np.uint8)]}, r"ndarray.*PIL\.Image\.fromarray"),
+        ({"images": 5}, "a picture is a int"),
+        ({"video": 5}, "a video is a int"),
+        ({"video": [None]}, "a video is a NoneType"),
+        ({"frames": 2.5}, "frames is 2.5"),
+        ({"frames": "5"}, "frames is '5'"),
+        ({"fps": "1"}, "fps is '1'"),
+        ({"start": []}, r"start is \[\]"),
+        ({"end": True}, "end is True"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(
+    engine: Engine, video: np.ndarray, given: dict, named: str
+) -> None:
+    asked = {"prompt": "What?"} | ({} if "images" in given else {"video": video}) | given
+    with pytest.raises(UsageError, match=named) as e:
+        engine.prepare(**asked)
+    assert len(str(e.value)) < 150
+    assert "\n" not in str(e.value)
+
+
+def test_numbers_of_numpy_are_numbers(engine: Engine, video: np.ndarray) -> None:
+    assert engine.prepare("x", video=video, frames=np.int64(2), fps=np.float32(1)).media
+
+
+@pytest.mark.parametrize(
+    "given", [{"model": 5}, {"device": []}, {"dtype": []}, {"attn": []}, {"template": 5}]
+)
+def test_load_with_arguments_of_a_wrong_kind(given: dict) -> None:
+    with pytest.raises(UsageError):
+        zipvl.load(**{"device": "cpu"} | given)
+
+
+def test_a_bar_while_weights_load(capfd: pytest.CaptureFixture) -> None:
+    zipvl.load(device="cpu", show_progress=True)
+    assert re.search(r"load weights .*\d+/\d+", capfd.readouterr().err)
+    zipvl.load(device="cpu")
+    assert capfd.readouterr().err == ""
 
 
 # --- streaming, stopping, batches -------------------------------------------------------------

@@ -1,6 +1,7 @@
 """read_config on both layouts, on both generations of spellings, and on broken files."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,78 @@ def test_bad_values(oracle: Callable, name: str, tmp_path: Path) -> None:
     refused(write(tmp_path, raw), sentence)
 
 
+HUGE = "crops: zipvl makes up to 256 crops, 67,108,864 pixels and 262,144 tokens"
+BAD_NEXT = {
+    "tied": (None, {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true"),
+    "tied one": (None, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+    "tied text": ("text_config", {"tie_word_embeddings": []}, "tie_word_embeddings is []"),
+    "bias": (None, {"multimodal_projector_bias": "true"}, "multimodal_projector_bias is 'true'"),
+    "window": ("text_config", {"model_type": "qwen2", "use_sliding_window": "false"},
+               "use_sliding_window is 'false'"),
+    "canvas": (None, {"image_grid_pinpoints": [[56, 112], [56000, 56000]]}, HUGE),
+    "long canvas": (None, {"image_grid_pinpoints": [[56, 56 * 257]]}, HUGE),
+    "crop tokens": ("vision_config", {"image_size": 1032, "patch_size": 8}, "tokens of a crop"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NEXT)
+def test_bad_next_values(oracle: Callable, name: str, tmp_path: Path) -> None:
+    where, change, sentence = BAD_NEXT[name]
+    raw = config_of(oracle, "llava_next")
+    (raw if where is None else raw[where]).update(change)
+    refused(write(tmp_path, raw), sentence)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "crops"), [(2016, 504, 17), (896, 14, 65), (56, 14, 257)]
+)
+def test_each_ceiling_of_a_canvas(size: int, patch: int, crops: int, tmp_path: Path) -> None:
+    """Pixels, tokens, crops: the most that is allowed, and one crop more."""
+    raw: dict[str, Any] = {"architectures": ["LlavaNextForConditionalGeneration"]}
+    raw |= {"text_config": {}, "vision_config": {"image_size": size, "patch_size": patch}}
+    raw |= {"image_grid_pinpoints": [[size, size * crops]]}
+    refused(write(tmp_path, raw), HUGE)
+    raw |= {"image_grid_pinpoints": [[size, size * (crops - 1)]]}
+    assert read(tmp_path, raw).media.pinpoints == ((size, size * (crops - 1)),)
+
+
+def test_do_pad_is_true_or_false(oracle: Callable, tmp_path: Path) -> None:
+    write(tmp_path, config_of(oracle, "llava"))
+    write(tmp_path, {"size": 56, "do_pad": "no"}, "preprocessor_config.json")
+    refused(tmp_path, "do_pad is 'no'")
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_plain_files_only(oracle: Callable, name: str, tmp_path: Path) -> None:
+    """A pipe would hang, a device would fill the memory, and so would a huge file."""
+    write(tmp_path, config_of(oracle, "llava"))
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    refused(tmp_path, f"{name} is a folder, a pipe or a device")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(tmp_path, f"{name} is a folder, a pipe or a device")
+    path.unlink()
+    path.write_bytes(b"{" + b" " * 2**24)
+    refused(tmp_path, "16,777,217 bytes, and zipvl reads 16,777,216")
+
+
+def test_a_file_that_may_not_be_read(
+    oracle: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, config_of(oracle, "llava"))
+    monkeypatch.setattr("zipvl.config.os.access", lambda path, mode: False)  # root may read all
+    refused(tmp_path, "config.json cannot be read: Permission denied")
+
+
+def test_a_tower_with_a_name_too_long(oracle: Callable, tmp_path: Path) -> None:
+    raw = config_of(oracle, "original_15") | {"mm_vision_tower": "x" * 2000}
+    refused(write(tmp_path, raw), "mm_vision_tower 'xxx")
+
+
 BAD_ORIGINAL = {
+    "tied": ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
     "no tower": ({"mm_vision_tower": "/nowhere/eva-clip"}, "'/nowhere/eva-clip'"),
     "null tower": ({"mm_vision_tower": None}, "mm_vision_tower"),
     "decoder": ({"architectures": ["LlavaGemmaForCausalLM"]}, "gemma"),

@@ -1,11 +1,13 @@
 """Loading weights: every spelling to the same tensors, bad files to one sentence, little memory."""
 
 import json
+import os
 import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +248,94 @@ def test_files_that_are_no_weights(
     tiny.copy_rest(oracle("llava").folder, tmp_path)
     (tmp_path / WEIGHTS).write_bytes(content)
     refused(tmp_path, hint)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool, torch.complex64,
+     torch.float8_e8m0fnu],
+)  # fmt: skip
+def test_weights_that_are_no_numbers(oracle: Callable, kind: torch.dtype, tmp_path: Path) -> None:
+    """Cast, they would answer nothing, in silence."""
+
+    def change(t: dict[str, Tensor]) -> None:
+        t["language_model.model.norm.weight"] = torch.ones(64).to(kind)
+
+    name = str(kind).removeprefix("torch.")
+    folder = edited(oracle("llava").folder, tmp_path, change)
+    refused(folder, f"text.norm.weight as {name}: quantised checkpoints are not supported")
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_other_floats_load(oracle: Callable, kind: torch.dtype, tmp_path: Path) -> None:
+    want = torch.arange(64) / 64 + 0.5
+
+    def change(t: dict[str, Tensor]) -> None:
+        t["language_model.model.norm.weight"] = want.to(kind)
+
+    model = load(edited(oracle("llava").folder, tmp_path, change))
+    assert torch.equal(model.text.norm.weight, want.to(kind).float())
+
+
+def test_packed_weights_are_named_first(oracle: Callable, tmp_path: Path) -> None:
+    def change(t: dict[str, Tensor]) -> None:
+        name = "language_model.model.layers.0.mlp.up_proj.weight"
+        t[name] = torch.zeros(t[name].numel() // 2, 1, dtype=torch.uint8)
+
+    refused(edited(oracle("llava").folder, tmp_path, change), "quantised checkpoints")
+
+
+def header_of(count: int, size: int) -> bytes:
+    """A file of empty tensors with long or short names."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    raw = json.dumps({f"t{i:0{size}}": entry for i in range(count)}).encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def test_endless_headers(oracle: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.copy_rest(oracle("llava").folder, tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(header_of(50, 10**5))
+    refused(tmp_path, "header of over 4,194,304 bytes")
+    monkeypatch.setattr("zipvl.model.weights.TENSORS", 100)
+    (tmp_path / WEIGHTS).write_bytes(header_of(60, 5))
+    refused(tmp_path, "missing (")
+    (tmp_path / "other.safetensors").write_bytes(header_of(60, 6))
+    refused(tmp_path, "more than 100 tensors")
+
+
+def test_weights_that_may_not_be_read(
+    oracle: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edited(oracle("llava").folder, tmp_path, lambda t: None)
+    config = read_config(folder)
+    monkeypatch.setattr("zipvl.config.os.access", lambda path, mode: False)  # root may read all
+    with pytest.raises(ModelError, match=r"safetensors cannot be read: Permission denied"):
+        load_weights(config, folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, INDEX])
+def test_plain_files_only(oracle: Callable, tmp_path: Path, name: str) -> None:
+    folder = edited(oracle("llava").folder, tmp_path, lambda t: None)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    refused(folder)
+
+
+def test_progress_counts_every_tensor(oracle: Callable) -> None:
+    said: list[object] = []
+
+    @contextmanager
+    def progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
+        said.append((label, total))
+        yield said.append
+
+    source = oracle("original_15").folder  # half of it in the tower's folder
+    model = load_weights(read_config(source), source, CPU, torch.float32, progress)
+    count = len(list(model.parameters()))
+    assert said == [("load weights", count), *[1] * count]
 
 
 def test_folders_without_weights(oracle: Callable, tmp_path: Path) -> None:

@@ -166,9 +166,12 @@ def conversation(prompt: str | Sequence[Message], system: str | None) -> list[Me
     Content may be a list of parts, as Hugging Face and OpenAI write it: {"type": "text", "text":
     TEXT}, and {"type": "image"} or {"type": "video"} where a medium stands. Raises UsageError.
     """
-    if not isinstance(prompt, Sequence) or not isinstance(system, str | None):
-        kinds = type(prompt).__name__, type(system).__name__
-        raise UsageError("the prompt is a {}, system a {}: give text".format(*kinds))
+    if not isinstance(prompt, Sequence):
+        raise UsageError(
+            f"the prompt is a {type(prompt).__name__}: give text, or messages in a list"
+        )
+    if not isinstance(system, str | None):
+        raise UsageError(f"system is a {type(system).__name__}: give text")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for i, m in enumerate(messages):
         known = isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")

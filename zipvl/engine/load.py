@@ -36,17 +36,13 @@ def load(
     `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
     Raises ModelError, UsageError.
     """
-    words = {"device": device, "dtype": dtype, "attn": attn, "weights": weights}
-    for name, word in words.items():
-        if not isinstance(word, str):
-            raise UsageError(f"{name} is {word!r:.60}: give a name")
     folder = find_checkpoint(DEMO / "model" if model is None else model)
     config = read_config(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     if weights != "full":
         check_kind(weights, place, kind)
-    backend, attend = kernels.pick(attn, place, kind, config.text.head_dim)
+    backend, attend = kernels.pick(str(attn), place, kind, config.text.head_dim)
     chat = Chat.from_folder(folder, config, template)
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
         vlm = load_weights(config, folder, place, kind, bar if show_progress else silent)
@@ -76,7 +72,7 @@ def pick_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, TypeError) as e:
         raise UsageError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
 
 
@@ -92,7 +88,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if half else torch.float32
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     names |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if dtype not in names:
+    if not isinstance(dtype, str) or dtype not in names:
         raise UsageError(f"unknown dtype {dtype!r}: use auto, {', '.join(names)}")
     return names[dtype]
 

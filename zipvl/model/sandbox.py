@@ -150,7 +150,7 @@ class Meter(sandbox.ImmutableSandboxedEnvironment):
 
     def grow(self, name: str, value: Any, others: Iterable[Any]) -> None:
         """Looks at the arguments of a filter or method."""
-        if name == "format":
+        if name in ("format", "format_map"):
             return self.fill(value, others)
         if name in GROWING:
             sizes = [abs(o) if isinstance(o, int) else self.weight(o) for o in others]

@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from ..config import ModelConfig, check_file, optional_json, read_bytes, read_json
 from ..errors import ModelError
 
-TOKENIZER_BYTES, PIECES_BYTES = 2**25, 2**23  # of tokenizer.json; of tokenizer.model
-PIECE_LENGTH, MERGES = 2**8, 2**20  # characters of a piece; ways to join two of them
+TOKENIZER_BYTES, PIECES_BYTES = 2**25, 2**22  # of tokenizer.json; of tokenizer.model
+PIECES, PIECE_LENGTH, MERGES = 2**18, 2**8, 2**20  # characters of one; ways to join two
 QWEN2_SPLIT = (  # one digit at a time; transformers models/qwen2/tokenization_qwen2.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -200,6 +200,8 @@ def _parse_model(data: bytes) -> tuple[list[tuple[str, float, int]], int, bytes]
     for number, value in _protobuf(data):
         if number in found:
             found[number].append(dict(_protobuf(value)))
+            if len(found[number]) > PIECES:
+                raise ValueError("too many pieces")
     trainer, normalizer = found[2][-1], found[3][-1]
     if not (found[1] and trainer and normalizer):
         raise ValueError("the message has no pieces, trainer or normaliser: it is cut short")
