@@ -45,7 +45,7 @@ LARGE = [
     "{{ (1).to_bytes(10**9, 'big') }}",
     "{{ 'a\nb' | indent(10**9, true) }}",
     "{{ {'a': [1]} | tojson(indent=10**9) }}",
-    "{{ [[]] * 10**6 | tojson(separators=('x' * 10**6, ':')) }}",
+    "{{ ([[]] * 10**6) | tojson(separators=('x' * 10**6, ':')) }}",
     "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
     "{{ ('b' * 10**6) | join('a' * 10**6) }}",
     "{{ ('a ' * 10**7).split() }}",
@@ -68,7 +68,7 @@ LARGE = [
     doubled("{}", "dict(a=ns.x, b=ns.x)", "{{ ns.x | tojson }}"),
     doubled("3", "ns.x * ns.x") + doubled("3", "ns.x ** 99"),
     "{% set x %}{% for i in range(99999) %}" + "x" * 10000 + "{% endfor %}{% endset %}",
-    "{% macro f(n) %}{{ 'x' * 10**5 }}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(400) }}",
+    "{% macro f(n) %}{{ 'x' * 10**6 }}{% if n %}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
     "{% for i in range(99999) %}{{ messages }}" + "{{ messages }}" * 99 + "{% endfor %}",
 ]
 LONG = [
@@ -109,7 +109,7 @@ sandbox.TEMPLATE_SECONDS = float(sys.argv[1])
 sandbox.TEMPLATE_SIZE = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
 for source in json.load(sys.stdin):
-    began, kind, size = time.monotonic(), "", 0
+    began, kind, size = time.process_time(), "", 0
     chat.BUILT_IN["own"] = source
     try:
         template = chat.load_template(None, None, "own", {})
@@ -118,8 +118,9 @@ for source in json.load(sys.stdin):
         kind, size = type(e).__name__, len(str(e))
     except BaseException as e:
         kind = "raw " + type(e).__name__
-    print(json.dumps([kind, size, time.monotonic() - began]), flush=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(json.dumps([kind, size, time.process_time() - began]), flush=True)
+rows = dict(line.split(":") for line in open("/proc/self/status"))
+print(int(rows["VmHWM"].split()[0]) * 1024)
 """
 
 
@@ -220,10 +221,10 @@ def test_the_meter_is_cheap() -> None:
         {"role": role, "content": [text("words " * 2000)]} for role in ["user", "assistant"] * 10
     ]
     for source in (VICUNA, CHATML):
-        began = time.perf_counter()
+        began = time.process_time()
         run = Meter().compiled(source)
         run(messages=turns, add_generation_prompt=True, eos_token="</s>")
-        assert time.perf_counter() - began < 0.05
+        assert time.process_time() - began < 0.05
 
 
 def test_a_template_at_fault_is_told_at_load(tmp_path: Path) -> None:

@@ -137,12 +137,12 @@ class Meter(sandbox.ImmutableSandboxedEnvironment):
             total += ELEMENT
             if isinstance(item, str | bytes):
                 total += len(item)
-            elif isinstance(item, LISTS):
+            elif isinstance(item, (*LISTS, dict)):
+                self.tick()
                 waiting += item
-            elif isinstance(item, dict):
-                waiting += item
-                waiting += item.values()
-            if total > TEMPLATE_SIZE:
+                if isinstance(item, dict):
+                    waiting += item.values()
+            if total + ELEMENT * len(waiting) > TEMPLATE_SIZE:
                 raise Overrun(TOO_LARGE)
         return total
 
