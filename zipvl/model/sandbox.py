@@ -177,13 +177,13 @@ class Meter(sandbox.ImmutableSandboxedEnvironment):
             self.made(1 << min(left.bit_length() * max(right, 0), INTEGER_BITS))  # as large
         return self.made(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Part of jinja2's interface: every call of a method, macro or global."""
-        __self.tick()
-        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
+        self.tick()
+        method = getattr(obj, "__wrapped__", obj)  # jinja2 wraps str.format
         if isinstance(method, BuiltinMethodType):
-            __self.grow(method.__name__, method.__self__, [*args, *kwargs.values()])
-        return __self.made(super().call(__context, __obj, *args, **kwargs))
+            self.grow(method.__name__, method.__self__, [*args, *kwargs.values()])
+        return self.made(super().call(context, obj, *args, **kwargs))
 
     def counted(self, name: str, function: Any) -> Callable[..., Any]:
         """A filter or test that looks before and counts after."""
