@@ -29,6 +29,7 @@ from .inputs import (
     ImageSource,
     Inputs,
     Message,
+    Progress,
     VideoSource,
     as_list,
     build_inputs,
@@ -96,7 +97,7 @@ class Engine:
     """A model, its tokenizer and an attention backend. One request or batch at a time."""
 
     def __init__(self, model: VLM, chat: Chat, backend: str, attend: Attend,
-                 show_progress: bool = False, step: type[Step] = Step):  # fmt: skip
+                 show_progress: bool | Progress = False, step: type[Step] = Step):  # fmt: skip
         self.model, self.chat, self.config = model, chat, model.config
         self.backend, self.attend = backend, attend
         self.show_progress, self.step = show_progress, step
@@ -105,6 +106,10 @@ class Engine:
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], object]]:
         """`with engine.progress("encode frames", 64) as step: step(16)`; a bar on stderr."""
+        if callable(self.show_progress):
+            with self.show_progress(label, total) as step:
+                yield step
+            return
         silent = not self.show_progress or total < 2
         with tqdm(
             total=total, desc=f"{label:<13}", leave=False, dynamic_ncols=True, disable=silent

@@ -13,6 +13,7 @@ from ..model.chat import Chat
 from ..model.layouts import read_config
 from ..model.weights import find_checkpoint, load_weights, silent
 from .engine import Engine, Step
+from .inputs import Progress
 from .speed import GraphStep, check_kind, compile_rows, pack_weights
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -24,7 +25,7 @@ def load(
     dtype: str = "auto",
     attn: str = "auto",
     template: str | None = None,
-    show_progress: bool = False,
+    show_progress: bool | Progress = False,
     weights: str = "full",
     compile: bool = False,
 ) -> Engine:
@@ -32,6 +33,7 @@ def load(
 
     `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn`
     forces an attention backend, `template` a prompt template (a built-in name or a .jinja file).
+    `show_progress`: bars on stderr, or what shows progress instead (Engine.progress).
     `weights` packed lays them out for a CPU's products; int8 or int4 adds copies for decoding.
     `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
     Raises ModelError, UsageError.

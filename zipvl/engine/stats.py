@@ -1,5 +1,6 @@
 """What a run did: seconds by stage, tokens kept and bytes cached by layer, peak memory."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class LayerStats:
     seconds: dict[str, float]  # probe, select, attend, rest; of the whole batch
     cached: list[int]  # tokens whose keys and values stay
     kv_bytes: list[int]  # storage of the sequence's part of the cache, room for new tokens included
+    chose: list[bool]  # whether the method said who takes part in attention
 
     @property
     def ratio(self) -> float:
@@ -71,7 +73,10 @@ class Recorder(Clock, Observer):
         attended = [n if p.attend is None else len(p.attend) for n, p in both]
         rows = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
         pairs, none = [a * r for a, r in zip(attended, rows, strict=True)], [0] * len(lengths)
-        self.layers.append(LayerStats(list(lengths), attended, pairs, self.pop(), none, none))
+        chose = [p.attend is not None for p in plans]
+        self.layers.append(
+            LayerStats(list(lengths), attended, pairs, self.pop(), none, none, chose)
+        )
         self.progress(1)
 
     def counted(self, out: Prefilled) -> "Counted":
@@ -98,7 +103,7 @@ class Stats:
     new_tokens: int
     batch: int
     seconds: dict[str, float]  # video, vision, prefill, decode; parts: prefill_probe, ...
-    layers: list[dict[str, Any]]  # tokens, attended, cached, ratio, kv_bytes
+    layers: list[dict[str, Any]]  # tokens, attended, cached, ratio, work, chose, kv_bytes
     kv_bytes_dense: int  # what the same cache holds under dense attention
     peak_memory: int  # bytes: allocated on CUDA, resident set of the process elsewhere
     frames: list[dict[str, Any]] = field(default_factory=list)  # index and time of each video frame
@@ -120,12 +125,12 @@ class Stats:
     @property
     def prefill_rate(self) -> float:
         """Prompt tokens a second, this sequence's share of the batch."""
-        return self.prompt_tokens / max(1e-9, self.seconds["prefill"])
+        return self.prompt_tokens / max(1e-9, self.seconds.get("prefill", math.inf))
 
     @property
     def decode_rate(self) -> float:
         """New tokens a second of this sequence; the first comes out of the prefill."""
-        return max(0, self.new_tokens - 1) / max(1e-9, self.seconds["decode"])
+        return max(0, self.new_tokens - 1) / max(1e-9, self.seconds.get("decode", math.inf))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -142,6 +147,7 @@ def layer_rows(layers: list[LayerStats], sequence: int, prompt: int) -> list[dic
             "cached": s.cached[sequence],
             "ratio": s.attended[sequence] / prompt,
             "work": s.pairs[sequence] / prompt**2,
+            "chose": s.chose[sequence],
             "kv_bytes": s.kv_bytes[sequence],
         }
         for s in layers
