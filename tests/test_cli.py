@@ -531,7 +531,8 @@ def test_interrupted_answers_are_flushed(cli: Cli) -> None:
         assert code == 130
         if args:
             run = strict_json(out)
-            assert (run["finish_reason"], run["stats"]) == ("interrupted", None)
+            assert (run["finish_reason"], run["stats"]["new_tokens"]) == ("interrupted", 4)
+            assert run["stats"]["seconds"].keys() >= {"video", "vision", "prefill", "decode"}
             assert run["tokens"] == whole["tokens"][:4]
             assert run["usage"]["completion_tokens"] == 4
             out = run["text"] + "\n"
@@ -618,8 +619,11 @@ def test_chat_commands(cli: Cli) -> None:
     assert "nothing asked yet" in err
     assert err.count("prefill ") == 1  # one summary
     assert err.count("/quit leaves") == 3  # at the start, /help, and /video without a file
-    counts = [line.count(" frames,") for line in err.splitlines() if " layout)" in line]
-    assert counts == [1, 1, 2, 2, 2, 2]  # start, What?, /video, /image, Both?, Again?
+    told = [line for line in err.replace("> ", "").splitlines() if "visual tokens" in line[-40:]]
+    assert len(told) == 4  # start, /stats, /video, /image: no question repeats it
+    assert " layout)" in told[0]
+    assert told[0].endswith("; ZipVL")
+    assert [" layout)" in line for line in told] == [True, False, False, False]
 
 
 def test_chat_clear_forgets(cli: Cli) -> None:
@@ -684,8 +688,10 @@ def test_chat_has_no_json(cli: Cli) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals on this system")
-def test_chat_on_a_real_terminal(files: Path) -> None:
-    """All three streams on a terminal: answer, Ctrl-C at the prompt; bars leave no text behind."""
+def test_chat_on_a_real_terminal(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three streams on a terminal: answer, the line before by the arrow key, Ctrl-C at the
+    prompt; bars leave no text behind."""
+    monkeypatch.setenv("TERM", "xterm")
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     child = running(files, "-v", str(files / "clip.mp4"), "-n", "4", "--max-new-tokens", "5",
@@ -706,6 +712,10 @@ def test_chat_on_a_real_terminal(files: Path) -> None:
     os.write(master, b"What happens?\n")
     until(b"\n> ", start)
     assert b"prefill layers" in seen
+    start = len(seen)
+    os.write(master, b"\x1b[A\n")  # the arrow upwards: the line before, to be edited
+    until(b"What happens?", start)
+    until(b"\n> ", start)
     for _ in range(20):  # a signal between the prompt and the read that waits for a line is late
         child.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -11,28 +11,53 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zipvl
 
-from .errors import ZipvlError
-from .report import as_json, headline, summary
+from .errors import REFUSAL, MediaError, UsageError, ZipvlError
+from .report import as_json, headline, progress_lines, summary
 
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
     from .engine.inputs import ImageSource, Inputs, Message, VideoSource
     from .policy import Policy
 
+NO_MEMORY = re.compile(  # what else libraries say when memory ends; threads need it, too
+    rf"{REFUSAL.pattern}|MemoryError|bad_alloc|[Cc]annot allocate memory|failed to map segment|"
+    "start new thread|temporarily unavailable"
+)
 HELP = (
     "/image FILE and /video FILE add media; /clear forgets the talk; "
     "/stats shows the last answer's statistics; /quit leaves"
 )
 
-# Every option: its names and what its value is called; its default, or the type of a value without
+
+def seconds(text: str) -> float:
+    """`5.5`, `1:05.5` or `1:02:05` as seconds."""
+    try:
+        *larger, last = text.split(":")
+        parts = [*map(int, larger), float(last)]
+        if larger and (len(parts) > 3 or parts[0] < 0 or not all(0 <= p < 60 for p in parts[1:])):
+            raise ValueError
+    except ValueError:
+        sentence = f"{text!r} is no time: give seconds, mm:ss or hh:mm:ss"
+        raise argparse.ArgumentTypeError(sentence) from None
+    return sum(part * 60**place for place, part in enumerate(reversed(parts)))
+
+
+# Every option: its names and what its value is called; its default, or what reads a value without
 # one (False: a switch without a value, []: may be repeated); help.
 OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     "what to ask": [
@@ -46,8 +71,8 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     "frames of a video": [
         ("-n --frames FRAMES", 32, "how many, uniformly spread (default 32)"),
         ("--fps FPS", float, "frames a second instead; --frames is then the most"),
-        ("--start S", float, "from this second"),
-        ("--end S", float, "up to this second"),
+        ("--start TIME", seconds, "from here: seconds, mm:ss or hh:mm:ss"),
+        ("--end TIME", seconds, "up to here"),
         ("--reader NAME", "pyav", "how videos are decoded: pyav (default) or decord"),
     ],
     "the answer": [
@@ -59,11 +84,12 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     ],
     "which tokens to keep": [
         ("--method NAME", str, "zipvl (default), dense, ...; my_file.py:Class; NAME:option=value"),
+        ("--list-methods", False, "the names of the methods, a line each"),
         ("--dense", False, "same as --method dense"),
-        ("--tau TAU", float, "share of attention mass a layer keeps (zipvl; default 0.975)"),
+        ("--tau TAU", float, "share of attention mass kept (zipvl; default 0.975)"),
         ("--keep-ratio R", float, "share of tokens kept (methods with a ratio)"),
         ("--probe R+R", str, "probe rows, recent+random (zipvl; default 64+64)"),
-        ("--kv-bits B", str, "cache bits: 4; or 4,2 to keep all, the others at 2 (zipvl)"),
+        ("--kv-bits B", str, "cache bits: 4; or 4/2: all stay, some at 2 (zipvl)"),
     ],
     "the machine": [
         ("--device DEVICE", "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
@@ -102,90 +128,218 @@ def build_parser() -> argparse.ArgumentParser:
                 add(*flags, last, action="store_true", help=text)
             elif value == []:
                 add(*flags, metavar=last, action="append", default=value, help=text)
-            elif isinstance(value, type):
+            elif callable(value):
                 add(*flags, metavar=last, type=value, help=text)
             else:
                 add(*flags, metavar=last, type=type(value), default=value, help=text)
+    parser.add_argument("--version", action="version", version=f"zipvl {zipvl.__version__}")
     return parser
 
 
-def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Faults of the command line that need no model to be seen."""
-    choices = (args.method, args.tau, args.keep_ratio, args.probe, args.kv_bits)
-    if args.dense and any(choice is not None for choice in choices):
+def methods() -> dict[str, str]:
+    """The built-in methods and the first line of what each says of itself; their files are read and
+    not imported, as that takes torch."""
+    files = sorted(Path(__file__).with_name("policies").glob("*.py"))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    says = dict(re.findall(r'^class (\w+)\(\w+\):\n    """(.*?)(?:""")?$', text, re.M))
+    return {name: says[kind] for name, kind in re.findall(r'^    "(.+)": (\w+),$', text, re.M)}
+
+
+def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Faults of the command line that need no torch to be seen; reads a prompt from stdin."""
+    choices = (a.method, a.tau, a.keep_ratio, a.probe, a.kv_bits)
+    if a.dense and any(choice is not None for choice in choices):
         parser.error(
             "--dense keeps every token in full precision: leave out --method, --tau, --keep-ratio, "
             "--probe and --kv-bits"
         )
-    interactive = sys.stdin and sys.stdin.isatty()
-    if (args.prompt is None and not interactive) or (args.prompt == "-" and not sys.stdin):
+    if a.prompt is None and not sys.stdin.isatty():
         parser.error("no prompt: give -p TEXT, or -p - to read it from standard input")
-    if args.prompt is None and args.json:
+    if a.prompt is None and a.json:
         parser.error("--json prints one answer and a chat has many: give -p TEXT")
-    if args.kv_bits is not None and args.kv_bits.isdecimal():
-        args.kv_bits = int(args.kv_bits)
-    if args.probe is not None:
-        recent, plus, random = args.probe.partition("+")
+    if a.kv_bits is not None and a.kv_bits.isdecimal():
+        a.kv_bits = int(a.kv_bits)
+    if a.probe is not None:
+        recent, plus, random = a.probe.partition("+")
         if not (plus and recent.isdecimal() and random.isdecimal()):
-            parser.error(f"--probe {args.probe}: write recent+random, for example 64+64")
-        args.probe = {"recent": int(recent), "random": int(random)}
+            parser.error(f"--probe {a.probe}: write recent+random, for example 64+64")
+        a.probe = {"recent": int(recent), "random": int(random)}
+    check_numbers(a)
+    check_method(a)
+    check_media(a)
+    if a.prompt == "-":
+        a.prompt = sys.stdin.read().strip()
+    if a.prompt is not None:
+        check_prompt(a)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Everything after parsing. Returns the exit code."""
-    from .vision.image import open_image
-    from .vision.video import local_file
+def check_numbers(a: argparse.Namespace) -> None:
+    """In the words of Run.steps and Sampling, which see them after minutes of loading."""
+    for valid, sentence in (
+        (a.max_new_tokens >= 1, f"max_new_tokens is {a.max_new_tokens}: give 1 or more"),
+        (0 <= a.temperature < math.inf, f"temperature is {a.temperature}: give 0 (greedy) or more"),
+        (0 < a.top_p <= 1, f"top_p is {a.top_p}: give a share above 0 and up to 1"),
+        (a.top_k >= 0, f"top_k is {a.top_k}: give 0 (off) or more"),
+        (abs(a.seed) < 2**63, f"seed is {a.seed}: give a whole number of at most 63 bits"),
+    ):
+        if not valid:
+            raise UsageError(sentence)
 
-    a, probe = args, args.probe or {}
+
+def check_method(a: argparse.Namespace) -> None:
+    """In the words of load_policy, which sees the options as well."""
+    head = (a.method or "dense").partition(":")[0]
+    if head.endswith(".py") and not Path(head).is_file():
+        raise UsageError(
+            f"method file {head} does not exist: check the path before the first colon"
+        )
+    if not head.endswith(".py") and head not in (names := methods()):
+        raise UsageError(
+            f"unknown method {head!r}: use one of {', '.join(names)}, or my_file.py:Class"
+        )
+
+
+def check_media(a: argparse.Namespace) -> None:
+    """Names of files and what to take of them; the content comes later."""
+    from .vision.video import READERS, local_file, sample
+
+    sample((0.0,), min(a.frames, 1), a.fps, a.start, a.end)  # has the sentences
+    if a.reader not in READERS:
+        raise UsageError(f"unknown reader {a.reader!r}: give {' or '.join(READERS)}")
     for path in a.video:
-        local_file(path)  # a mistyped name is told before a large model is loaded
+        local_file(path)
     for path in a.image:
-        open_image(path)
+        if not Path(path).is_file():
+            raise MediaError(f"{path} is not a file: give the path of a picture")
+
+
+def check_prompt(a: argparse.Namespace) -> None:
+    """In the words of model/chat.py and engine/inputs.py."""
+    if not a.prompt.strip():
+        raise UsageError("the prompt is empty: give -p TEXT, or some text on standard input")
+    if any("\ud800" <= letter <= "\udfff" for letter in a.prompt):
+        raise UsageError("the prompt is not valid Unicode text: pass it as UTF-8")
+    demo = a.model is None and not a.image and not a.video
+    for kind, given in (("image", len(a.image)), ("video", len(a.video) or demo)):
+        marked = a.prompt.count(f"<{kind}>")
+        if marked not in (0, given):
+            raise UsageError(
+                f"the prompt has {marked} <{kind}> markers but {given:d} {kind}s were given"
+            )
+
+
+def run(a: argparse.Namespace) -> int:
+    """Everything after the checks. Returns the exit code."""
+    from .vision.image import open_image
+
+    probe = a.probe or {}
     method = "dense" if a.dense else a.method or "zipvl"
     policy = zipvl.load_policy(method, tau=a.tau, ratio=a.keep_ratio, kv_bits=a.kv_bits, **probe)
-    show = sys.stderr.isatty() and not a.quiet
-    engine = zipvl.load(a.model, a.device, a.dtype, a.attn, a.template, show, a.weights, a.compile)
+    pictures: list[ImageSource] = [open_image(path) for path in a.image]  # before a large model is
+    progress = not a.quiet and (sys.stderr.isatty() or progress_lines)
+    engine = zipvl.load(
+        a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.compile
+    )
     if a.model is None and not a.video and not a.image:
         a.video = [str(zipvl.demo_clip())]
-    session = Session(engine, policy, a)
-    if a.prompt is None:
-        return session.chat()
-    return session.ask(sys.stdin.read().strip() if a.prompt == "-" else a.prompt)
+    session = Session(engine, policy, a, pictures)
+    return session.chat() if a.prompt is None else session.ask(a.prompt)
+
+
+@contextmanager
+def abrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once: amid an import an exception is lost, leaves halves of
+    modules behind, or aborts C++. Another program's handler, and one that ignores it, stay."""
+    usual = signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler)
+    ours = usual and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def open_streams() -> None:
+    """Closed streams lead nowhere, and no file gets their numbers; no byte is refused by one."""
+    for name, mode, odd in (
+        ("stdin", "r", "surrogateescape"),  # as they come on the command line
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "replace"),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors=odd)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The program with arguments `argv` (None: of this process). Returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    check(args, parser)
+    a = argparse.Namespace(verbose=False)
     try:
-        return run(args)
+        open_streams()
+        with abrupt():
+            parser = build_parser()
+            parser.parse_args(argv, a)
+            if a.list_methods:
+                print("\n".join(f"{name:<13}{text}" for name, text in methods().items()))
+                return 0
+            check(a, parser)
+            import_module("zipvl.engine.load")
+            with suppress(ImportError):  # told where a video needs it
+                import_module("av")
+        return run(a)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our stdout has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as e:
-        if args.verbose:
+        if a.verbose:
             raise
-        if isinstance(e, ZipvlError):
-            say(f"error: {e}")
-            return e.code
-        say(f"error: {type(e).__name__}: {e} (--verbose shows where)")
-        return 1
+        return fault(e)
+
+
+def fault(e: Exception) -> int:
+    """Says what ended the program, in one line. Returns the exit code."""
+    code = e.code if isinstance(e, ZipvlError) else 1
+    sentence = (
+        str(e) if isinstance(e, ZipvlError) else f"{type(e).__name__}: {e} (--verbose shows where)"
+    )
+    if code != 3 and (reason := memory_ended(e)):
+        code = 3
+        sentence = (
+            f"out of memory ({reason}): give the process more, or use fewer "
+            "--frames, --dtype bfloat16 or a smaller model"
+        )
+    say("error: " + sentence.replace("\n", " "))
+    return code
+
+
+def memory_ended(e: BaseException | None) -> str:
+    """How `e`, or an error that led to it, says that memory ended; "" where none does."""
+    named = isinstance(
+        e, ZipvlError
+    )  # a file's fault: FFmpeg knows no other word for a huge header
+    while e:
+        what = f"{type(e).__name__}: {e}"
+        other = isinstance(e, ZipvlError) or (named and type(e).__module__ == "av.error")
+        if not other and NO_MEMORY.search(what):
+            return what.strip(": ")
+        e = e.__cause__ or e.__context__
+    return ""
 
 
 class Session:
     """One engine, its media and options, asked once or in a chat."""
 
-    def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace) -> None:
+    def __init__(
+        self, engine: Engine, policy: Policy, args: argparse.Namespace, pictures: list[ImageSource]
+    ) -> None:
         self.engine, self.policy, self.args = engine, policy, args
-        self.images: list[ImageSource] = args.image  # files; once they are read, what they hold
-        self.videos: list[VideoSource] = args.video
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-        if sys.stdin:  # bytes that are no UTF-8 come as they do on the command line
-            sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        self.images = pictures  # opened ones; once they are cut, what they hold
+        self.videos: list[VideoSource] = args.video  # files; once they are read, likewise
+        self.said: list[str] = []  # what the user knows of the setting
 
     def prepare(
         self,
@@ -194,18 +348,23 @@ class Session:
         videos: list[VideoSource] | None = None,
     ) -> Inputs:
         """`prompt` with its media (None: as before), which later prompts take as they were read;
-        says what will run."""
+        says what will run, of which a chat repeats nothing."""
         a = self.args
         images, videos = images or self.images, videos or self.videos
         inputs = self.engine.prepare(
             prompt, images, videos, a.frames, a.fps, a.start, a.end, a.system, a.reader
         )
-        self.images = [m for m in inputs.media if m.kind == "image"]
+        self.images[:] = [m for m in inputs.media if m.kind == "image"]  # frees the opened ones
         self.videos = [m for m in inputs.media if m.kind == "video"]
         if not a.quiet:
-            say(headline(self.engine, self.policy, inputs))
-            for warning in inputs.warnings:
-                say(f"warning: {warning}")
+            setting = headline(self.engine, self.policy, inputs, short=a.prompt is None)
+            warnings = [f"warning: {warning}" for warning in inputs.warnings]
+            if news := [part for part in setting if part not in self.said]:
+                say("; ".join(news))
+            for warning in warnings:
+                if warning not in self.said:
+                    say(warning)
+            self.said = setting + warnings
         return inputs
 
     def add(self, command: str, path: str) -> None:
@@ -217,68 +376,89 @@ class Session:
             self.prepare("", images=files)
             self.args.image = files
 
-    def answer(self, inputs: Inputs) -> tuple[str, list[int], Result | None]:
-        """Streams one answer; (text, tokens, None) when Ctrl-C ended it."""
-        a, text, tokens, result = self.args, "", [], None
-        pieces = self.engine.stream(
-            inputs, self.policy, a.max_new_tokens, a.temperature, a.top_p, a.top_k, a.seed
+    def answer(self, inputs: Inputs) -> Result:
+        """Streams one answer. Where Ctrl-C ended it, finish_reason is "interrupted" and the
+        statistics are those of what was done."""
+        from .engine.engine import Run
+        from .engine.sampler import Sampling
+
+        a, text = self.args, ""
+        sampling = Sampling(a.temperature, a.top_p, a.top_k, a.seed)
+        run, words = (
+            Run(self.engine, [inputs], self.policy, sampling),
+            self.engine.chat.detokenizer(),
         )
-        with suppress(KeyboardInterrupt):
-            for piece in pieces:
-                text += piece.text
-                tokens += [] if piece.token is None else [piece.token]
-                result = piece.result
-                if not a.json:
-                    print(piece.text, end="", flush=True)
-        if not a.json:
-            print(flush=True)
-        return text, tokens, result
+        try:
+            for made in run.steps(a.max_new_tokens, ignore_eos=False):
+                for _, token in made:
+                    text += self.show(words.push(token))
+            text += self.show(words.flush())
+        except KeyboardInterrupt:
+            run.reasons = ["interrupted"]
+        self.show("\n")
+        return replace(run.result(0), text=text)
+
+    def show(self, text: str) -> str:
+        """A piece of the answer, unless JSON will hold it; returned as it is."""
+        if not self.args.json:
+            print(text, end="", flush=True)
+        return text
 
     def ask(self, prompt: str) -> int:
         """One question; returns the exit code."""
         a, inputs = self.args, self.prepare(prompt)
-        text, tokens, result = self.answer(inputs)
+        result = self.answer(inputs)
         if a.json:
-            run = as_json(self.engine, inputs, text, tokens, result, a.model, a.seed)
-            print(json.dumps(run), flush=True)
-        if result and a.stats:
+            print(json.dumps(as_json(self.engine, inputs, result, a.model, a.seed)), flush=True)
+        if a.stats:
             say(summary(result.stats))
-        return 0 if result else 130
+        return 130 if result.finish_reason == "interrupted" else 0
 
     def chat(self) -> int:
         """Questions about the same media until /quit or end of input."""
+        with suppress(ImportError):  # Windows
+            import readline  # noqa: F401  input() then edits lines and remembers them
         if self.images or self.videos:
             self.prepare("")
         if not self.args.quiet:
             say(HELP)
-        talk: list[Message] = []
-        last: Result | None = None
+        self.talk: list[Message] = []
+        self.last: Result | None = None
         while True:
             try:
                 line = read_line()
             except (EOFError, KeyboardInterrupt) as e:
                 say()
                 return 130 if isinstance(e, KeyboardInterrupt) else 0
-            command, _, rest = line.partition(" ")
+            if line in ("/quit", "quit", "exit"):
+                return 0
             try:
-                if command == "/quit":
-                    return 0
-                if command == "/clear":
-                    talk = []
-                elif command == "/stats":
-                    say(summary(last.stats) if last else "nothing asked yet")
-                elif command in ("/image", "/video") and rest:
-                    self.add(command, rest.strip())
-                    talk = []
-                elif line.startswith("/"):
-                    say(HELP)
-                elif line:
-                    asked = [*talk, {"role": "user", "content": line}]
-                    text, _, result = self.answer(self.prepare(asked))
-                    last = result or last
-                    talk = [*asked, {"role": "assistant", "content": text}]
+                self.obey(line)
+            except KeyboardInterrupt:  # while media were read or a prompt was prepared
+                say()
             except ZipvlError as e:
-                say(f"error: {e}")
+                fault(e)
+
+    def obey(self, line: str) -> None:
+        """One line of a chat: a command, or a question."""
+        command, _, path = line.partition(" ")
+        if command in ("/image", "/video") and path:
+            self.add(command, path.strip())
+            if self.talk:
+                say("the talk so far is forgotten: its answers did not know this file")
+            self.talk = []
+        elif command == "/clear":
+            self.talk = []
+        elif command == "/stats":
+            say(summary(self.last.stats) if self.last else "nothing asked yet")
+        elif command in ("/help", "/image", "/video"):
+            say(HELP)
+        elif line.startswith("/"):
+            say(f"unknown command {command}; {HELP}")
+        elif line:
+            asked = [*self.talk, {"role": "user", "content": line}]
+            self.last = self.answer(self.prepare(asked))
+            self.talk = [*asked, {"role": "assistant", "content": self.last.text}]
 
 
 def read_line() -> str:
@@ -293,4 +473,6 @@ def read_line() -> str:
 
 
 def say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr; control characters, which names of files may hold, as their codes."""
+    plain = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    print("".join(plain), file=sys.stderr, flush=True)

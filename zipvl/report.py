@@ -6,8 +6,11 @@ It reads what a run left and imports nothing heavy itself, as the command line i
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
@@ -16,34 +19,56 @@ if TYPE_CHECKING:
     from .policy import Policy
 
 
-def headline(engine: Engine, policy: Policy, inputs: Inputs) -> str:
-    """One line: the effective configuration."""
+EVERY = 10.0  # seconds from one line of progress to the next
+
+
+@contextmanager
+def progress_lines(label: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Engine.progress where no terminal is: from time to time a plain line on stderr."""
+    done, said = 0, time.monotonic()
+
+    def step(n: int) -> None:
+        nonlocal done, said
+        done += n
+        if time.monotonic() - said >= EVERY:
+            said = time.monotonic()
+            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
+
+    yield step
+
+
+def headline(engine: Engine, policy: Policy, inputs: Inputs, short: bool = False) -> list[str]:
+    """The effective configuration, part by part; `short`: what stays from question to question."""
     config, dtype = engine.config, str(engine.model.dtype).removeprefix("torch.")
     clips = [m.clip for m in inputs.media if m.clip]
     spans = [f"{len(c.indices)} frames, {c.times[0]:.1f} to {c.times[-1]:.1f} s" for c in clips]
-    tokens = f"{len(inputs)} tokens, {int(inputs.is_visual.sum())} visual"
+    visual = f"{int(inputs.is_visual.sum())} visual"
     machine = f"{dtype} on {engine.model.device}, {engine.backend}"
     model = f"{config.family} ({config.layout} layout), {machine}"
-    return "; ".join([model, *spans, tokens, repr(policy)])
+    if short:
+        return [model, *spans, f"{visual} tokens", type(policy).__name__]
+    return [model, *spans, f"{len(inputs)} tokens, {visual}", repr(policy)]
 
 
 def summary(stats: Stats) -> str:
-    """Seconds by stage, rates, and a bar per layer."""
-    s, n, mib = stats.seconds, stats.prompt_tokens, 2**20
-    parts = [
-        f"{name.removeprefix('prefill_')} {value:.3f} s"
-        for name, value in s.items()
-        if name.startswith("prefill_")
-    ]
-    lines = [
-        f"video    {s['video']:8.3f} s   {len(stats.frames)} frames read",
-        f"vision   {s['vision']:8.3f} s   {stats.visual_tokens} visual tokens",
-        f"prefill  {s['prefill']:8.3f} s   {n} tokens, {stats.prefill_rate:.0f}/s",
-        f"decode   {s['decode']:8.3f} s   {stats.new_tokens} tokens, {stats.decode_rate:.1f}/s",
+    """Seconds of the stages that were reached, rates, and a bar per layer."""
+    s, new, mib = stats.seconds, stats.new_tokens, 2**20
+    inside = {k.removeprefix("prefill_"): v for k, v in s.items() if k.startswith("prefill_")}
+    made = "1 token" if new == 1 else f"{new} tokens, {stats.decode_rate:.1f}/s"
+    rows = {
+        "video": f"{len(stats.frames)} frames",
+        "vision": f"{stats.visual_tokens} visual tokens",
+        "prefill": f"{stats.prompt_tokens} tokens, {stats.prefill_rate:.0f}/s",
+        "decode": made,
+    }
+    lines = [f"{name:<8} {s[name]:8.3f} s   {what}" for name, what in rows.items() if name in s]
+    if not stats.layers:  # Ctrl-C came before
+        return "\n".join(lines)
+    lines += [
         f"kept     {stats.ratio:8.1%}     attention work {stats.attention_work:.1%} of dense",
         f"cache    {stats.kv_bytes / mib:8.2f} MiB  {stats.kv_bytes_dense / mib:.2f} MiB if dense",
         f"memory   {stats.peak_memory / mib:8.0f} MiB  peak",
-        f"in prefill: {', '.join(parts)}",
+        f"in prefill: {', '.join(f'{name} {value:.3f} s' for name, value in inside.items())}",
         "layer  kept            tokens     cache KiB",
     ]
     for i, layer in enumerate(stats.layers):
@@ -56,10 +81,12 @@ def summary(stats: Stats) -> str:
 
 
 def hints(stats: Stats) -> Iterator[str]:
-    """The failure signs that the paper names, where this run shows them."""
+    """The failure signs that the paper names, where this run shows them: of attention only where
+    the method chose who takes part in it, of the cache where it holds bytes that dense has too."""
     if stats.method == "Dense()":
         return
-    if stats.ratio > 0.9:
+    chose = any(layer["chose"] for layer in stats.layers)
+    if chose and stats.ratio > 0.9:
         yield (
             f"hint: {stats.ratio:.0%} of the tokens took part in attention: the task needs its "
             "tokens, the prompt is mostly text (always kept), or tau is high"
@@ -67,46 +94,42 @@ def hints(stats: Stats) -> Iterator[str]:
     parts = ("probe", "select", "attend")
     probe, select, attend = (stats.seconds.get(f"prefill_{part}", 0.0) for part in parts)
     cost, saved = probe + select, attend / max(stats.attention_work, 1e-9) - attend
-    if cost > saved:
+    if chose and cost > saved:
         yield (
             f"hint: choosing tokens took {cost:.3f} s and saved about {saved:.3f} s of attention: "
             "prompts of this length are faster with --dense"
         )
-    cached = sum(layer["cached"] for layer in stats.layers)
-    if cached > 0.9 * stats.prompt_tokens * len(stats.layers):
-        yield "hint: the cache holds over 90 % of the prompt: the method drops little from it"
-    elif stats.kv_bytes > 0.9 * stats.kv_bytes_dense:
-        yield (
-            "hint: most of the cache is room for new tokens: a smaller --max-new-tokens shrinks it"
-        )
+    if stats.kv_bytes > 0.9 * stats.kv_bytes_dense:
+        cached = sum(layer["cached"] for layer in stats.layers)
+        if cached > 0.9 * stats.prompt_tokens * len(stats.layers):
+            yield ("hint: the cache holds over 90 % of the prompt: the method drops little from it")
+        else:
+            yield (
+                "hint: most of the cache is room for new tokens: a smaller --max-new-tokens "
+                "shrinks it"
+            )
 
 
 def as_json(
-    engine: Engine,
-    inputs: Inputs,
-    text: str,
-    tokens: list[int],
-    result: Result | None,
-    model: str | None,
-    seed: int,
-) -> dict:
-    """The run as plain JSON; `stats` is null when Ctrl-C ended it.
+    engine: Engine, inputs: Inputs, result: Result, model: str | None, seed: int
+) -> dict[str, Any]:
+    """The run as plain JSON; `stats` is null when Ctrl-C ended it before all layers were through.
 
     `model` is the name it was asked for (None: the demo), `seed` that of the sampling.
     """
     import torch
 
     return {
-        "text": text,
-        "finish_reason": result.finish_reason if result else "interrupted",
-        "tokens": tokens,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "tokens": result.tokens,
         "usage": {
             "prompt_tokens": len(inputs),
             "visual_tokens": int(inputs.is_visual.sum()),
-            "completion_tokens": len(tokens),
-            "total_tokens": len(inputs) + len(tokens),
+            "completion_tokens": len(result.tokens),
+            "total_tokens": len(inputs) + len(result.tokens),
         },
-        "stats": result.stats.to_dict() if result else None,
+        "stats": result.stats.to_dict() if result.stats.layers else None,
         "warnings": inputs.warnings,
         "env": {
             "model": model or "demo",

@@ -18,7 +18,7 @@ from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
 
 
 class Dense(Policy):
-    """Every token attends, stays and goes on: what the base class does, the baseline by name."""
+    """Every token attends and stays: the baseline."""
 
 
 METHODS: dict[str, type[Policy]] = {
@@ -35,43 +35,71 @@ METHODS: dict[str, type[Policy]] = {
     "zipcache": ZipCache,
     "kivi": KIVI,
 }
+FLAGS = {  # the command's names of these options
+    "tau": " (--tau)",
+    "ratio": " (--keep-ratio)",
+    "recent": " (--probe)",
+    "random": " (--probe)",
+    "kv_bits": " (--kv-bits)",
+}
+SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+MAX_WHOLE = 2**53  # of an option: seeds are multiplied, and generators take 64 bits
 
 
-def load_policy(method: str | Policy, **options: Any) -> Policy:
-    """`zipvl`, `zipvl:tau=0.96,recent=32`, `my.py:Class`, `my.py:Class:tau=0.9`, or a Policy.
+def load_policy(method: str | Policy | type[Policy], **options: Any) -> Policy:
+    """`zipvl`, `zipvl:tau=0.96,recent=32`, `my.py:Class`, `my.py:Class:tau=0.9`, a class, a Policy.
 
     `options` override what the text says; those that are None count as not given.
     Raises UsageError that lists the valid names or options.
     """
+    chosen = {k: v for k, v in options.items() if v is not None}
     if isinstance(method, Policy):
+        if chosen:
+            raise UsageError(f"{method} is made: give it {', '.join(chosen)} where you make it")
         return method
-    head, _, tail = method.partition(":")
-    if head.endswith(".py"):
-        name, _, tail = tail.partition(":")
-        cls = from_file(Path(head), name)
-    elif head in METHODS:
-        cls = METHODS[head]
-    else:
-        raise UsageError(
-            f"unknown method {head!r}: use one of {', '.join(METHODS)}, or my_file.py:Class"
-        )
-    given = dict(parse(item, method) for item in tail.split(",") if item)
-    given |= {k: v for k, v in options.items() if v is not None}
+    head, cls, tail = find(method)
+    given = dict(parse(item, head) for item in tail.split(",") if item) | chosen
     valid = inspect.signature(cls).parameters
     if unknown := given.keys() - valid.keys():
+        option = min(unknown)
         listed = ", ".join(f"{p.name}={p.default}" for p in valid.values()) or "none"
-        raise UsageError(f"method {head!r} has no option {min(unknown)!r}: it takes {listed}")
+        takers = [m for m, kind in METHODS.items() if option in inspect.signature(kind).parameters]
+        others = f"; {', '.join(takers)} have it" if takers else ""
+        raise UsageError(
+            f"method {head!r} has no option {option!r}{FLAGS.get(option, '')}: it takes "
+            f"{listed}{others}"
+        )
     try:
         return cls(**{name: fit(value, valid[name]) for name, value in given.items()})
     except (TypeError, ValueError) as e:
-        raise UsageError(f"method {method!r}: {e}") from None
+        raise UsageError(f"method {head!r}: {e}") from None
+    except Exception as e:  # a user's own class fails as it likes
+        raise UsageError(f"method {head!r} fails when it is made ({type(e).__name__}: {e})") from e
+
+
+def find(method: str | type[Policy]) -> tuple[str, type[Policy], str]:
+    """The name, the class and the options of what load_policy was given. Raises UsageError."""
+    if isinstance(method, type) and issubclass(method, Policy):
+        return method.__name__, method, ""
+    if not isinstance(method, str):
+        raise UsageError(f"method is {method!r:.200}: give a name, a Policy or a class of one")
+    head, _, tail = method.partition(":")
+    if head.endswith(".py"):
+        name, _, tail = tail.partition(":")
+        return f"{head}:{name}", from_file(Path(head), name), tail
+    if head not in METHODS:
+        raise UsageError(
+            f"unknown method {head!r}: use one of {', '.join(METHODS)}, or my_file.py:Class"
+        )
+    return head, METHODS[head], tail
 
 
 def parse(item: str, method: str) -> tuple[str, Any]:
     """`option=value` of the text `method` as a name and a number or text. Raises UsageError."""
     key, equals, value = item.partition("=")
     if not equals:
-        raise UsageError(f"method {method!r}: {item!r} is not of the form option=value")
+        hint = "; write two bit widths as 4/2" if item.strip().isdecimal() else ""
+        raise UsageError(f"method {method!r}: {item!r} is not of the form option=value{hint}")
     for kind in (int, float):
         try:
             return key.strip(), kind(value)
@@ -81,13 +109,21 @@ def parse(item: str, method: str) -> tuple[str, Any]:
 
 
 def fit(value: Any, option: inspect.Parameter) -> Any:
-    """`value` if it is of the kind of the option's default; a whole number also fits a float."""
-    wanted = {int: "a whole number", float: "a number", str: "a name"}.get(type(option.default))
-    if wanted is None or isinstance(value, type(option.default)):
+    """`value` if it is of the kind of the option's default; a whole number also fits a float, and
+    a switch is a word, as the text "False" would count as true. Raises ValueError."""
+    name, default = option.name, option.default
+    if isinstance(default, bool) or option.annotation in (bool, "bool"):
+        if (word := str(value).lower()) not in SWITCHES:
+            raise ValueError(f"{name} is {value!r}: give true or false")
+        return SWITCHES[word]
+    if isinstance(value, int) and abs(value) >= MAX_WHOLE:
+        raise ValueError(f"{name} is {value!s:.40}: give a number below 2^53")
+    wanted = {int: "a whole number", float: "a number", str: "a name"}.get(type(default))
+    if wanted is None or isinstance(value, type(default)):
         return value
-    if isinstance(option.default, float) and isinstance(value, int):
+    if isinstance(default, float) and isinstance(value, int):
         return float(value)
-    raise ValueError(f"{option.name} is {value!r}: give {wanted}, such as {option.default}")
+    raise ValueError(f"{name} is {value!r}: give {wanted}, such as {default}")
 
 
 def from_file(path: Path, name: str) -> type[Policy]:
@@ -103,13 +139,15 @@ def from_file(path: Path, name: str) -> type[Policy]:
     sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # the user's own file: any mistake in it ends up here
+    except (Exception, SystemExit) as e:  # the user's own file: any mistake in it ends up here
         why = f"{type(e).__name__}: {e}"
         raise UsageError(f"method file {path} cannot be imported ({why}): correct it") from None
     classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Policy)]
     found = {c.__name__: c for c in classes if c.__module__ == module.__name__}
     if name not in found:
         known = f"it has {', '.join(found)}" if found else "it has no Policy class"
+        if name in vars(module):
+            known = f"its {name} is {vars(module)[name]!r:.100}, no class made from zipvl.Policy"
         raise UsageError(
             f"method file {path} has no method {name!r}: {known}; write {path}:ClassName"
         )

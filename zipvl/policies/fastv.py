@@ -21,7 +21,7 @@ VARIANTS = ("drop", "mask")
 
 @dataclass(repr=False)
 class FastV(Policy):
-    """after 2 and ratio 0.5, the paper's defaults."""
+    """Visual tokens leave the model after layer 2, half of them; the paper's defaults."""
 
     after: int = 2
     ratio: float = 0.5

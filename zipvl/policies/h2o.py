@@ -19,7 +19,7 @@ from ..policy import Notes, Plan, Policy, StepView, View, check
 
 @dataclass(repr=False)
 class H2O(Policy):
-    """512 heavy hitters and 512 recent tokens; the paper uses equal halves."""
+    """512 heavy hitters and 512 recent tokens stay in the cache; the paper uses equal halves."""
 
     heavy: int = 512
     recent: int = 512

@@ -16,7 +16,7 @@ from ..policy import Policy, check
 
 @dataclass(repr=False)
 class KIVI(Policy):
-    """2 bits, groups of 32, residual 128: the authors' main setting."""
+    """All tokens stored at 2 bits, groups of 32, residual 128: the authors' main setting."""
 
     kv_bits: int = 2
     group: int = 32

@@ -21,7 +21,7 @@ POOLS: dict[str, Callable[..., Tensor]] = {"max": F.max_pool1d, "avg": F.avg_poo
 
 @dataclass(repr=False)
 class SnapKV(Policy):
-    """window 32, max-pooling over 7, 1024 tokens a layer: the authors' LongBench setting."""
+    """The last 32 tokens vote, max-pooled over 7, for 1024 a layer: the LongBench setting."""
 
     budget: int = 1024
     window: int = 32

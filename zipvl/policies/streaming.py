@@ -16,7 +16,7 @@ from ..policy import Plan, Policy, StepView, View, check
 
 @dataclass(repr=False)
 class StreamingLLM(Policy):
-    """4 sinks and 1020 recent tokens, a cache of 1024 as in the paper's main setting."""
+    """The first 4 and the newest 1020 tokens stay in the cache, the paper's main setting."""
 
     sinks: int = 4
     window: int = 1020

@@ -20,7 +20,7 @@ from ..policy import Plan, Policy, StepView, View, check
 
 @dataclass(repr=False)
 class ZipCache(Policy):
-    """60 % of the tokens at 4 bits and the rest at 2; 5 % + 5 % probe rows, as published."""
+    """60 % of the tokens stored at 4 bits, the rest at 2; 5 % + 5 % probe rows, as published."""
 
     ratio: float = 0.6
     probes: float = 0.05

@@ -125,9 +125,9 @@ class Selection(Policy):
 
 @dataclass(repr=False)
 class ZipVL(Selection):
-    """tau 0.975 as in the paper's main results; 64 most recent + 64 random probe rows."""
+    """The paper (v2): as many tokens a layer as hold tau of its attention; 64 + 64 probe rows."""
 
-    tau: float = 0.975
+    tau: float = 0.975  # as in the paper's main results
 
     def __post_init__(self) -> None:
         check(
@@ -148,16 +148,16 @@ class ZipVL(Selection):
 
 @dataclass(repr=False, kw_only=True)
 class ZipVLPlus(ZipVL):
-    """The defaults of `zipvl`."""
+    """As zipvl, and tokens left out receive the output of the nearest earlier kept token."""
 
     fill: str = field(default="previous", init=False)
 
 
 @dataclass(repr=False, kw_only=True)
 class ZipVLQuant(ZipVL):
-    """4 and 2 bits, 100 new tokens at a time, as published; one width is for all tokens."""
+    """The paper's version 1: nothing is dropped, kept tokens at 4 bits, others at 2."""
 
-    kv_bits: KVBits = (4, 2)
+    kv_bits: KVBits = (4, 2)  # as published; one width is for all tokens
 
     def __post_init__(self) -> None:
         bits = as_bits(self.kv_bits)
@@ -168,7 +168,7 @@ class ZipVLQuant(ZipVL):
 
 @dataclass(repr=False)
 class Fixed(Selection):
-    """ratio 0.4, near the 42.1 % of the paper's ablation on Video-MME."""
+    """One ratio for all layers, 0.4, near the 42.1 % of the paper's ablation on Video-MME."""
 
     ratio: float = 0.4
 
@@ -191,7 +191,7 @@ class Fixed(Selection):
 
 @dataclass(repr=False, kw_only=True)
 class Random(Fixed):
-    """ratio 0.4, as `fixed`; fresh noise in every layer, the same for a seed and a length."""
+    """As many as fixed, drawn by fresh noise in every layer, the same for a seed and a length."""
 
     recent: int = field(default=64, init=False, repr=False)  # no probes, and nothing about them
     random: int = field(default=64, init=False, repr=False)
