@@ -1,12 +1,14 @@
 """The command line as its users meet it: what goes to stdout and stderr, exit codes, the chat."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -14,6 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -28,8 +31,10 @@ from PIL import Image
 
 import zipvl
 from zipvl import cli as zipvl_cli
+from zipvl import report as zipvl_report
 from zipvl.engine import inputs as engine_inputs
 from zipvl.engine import load as engine_load
+from zipvl.engine.stats import Stats
 from zipvl.model.decoder import Decoder
 from zipvl.model.vlm import VLM
 
@@ -192,6 +197,34 @@ def test_hints_say_when_the_method_does_not_pay(cli: Cli) -> None:
     assert "room for new tokens" in few
 
 
+@pytest.mark.parametrize(
+    "method", ["snapkv:budget=32", "h2o:heavy=4,recent=4", "zipcache", "fastv"]
+)
+def test_hints_are_true_of_methods_that_leave_attention_alone(cli: Cli, method: str) -> None:
+    err = cli.ask("--method", method, "--stats", "--max-new-tokens", "1")[2]
+    assert "took part" not in err
+    assert "choosing tokens" not in err
+
+
+def test_hints_speak_of_the_cache_in_bytes(cli: Cli) -> None:
+    """All tokens at 2 bits, as kivi holds them, are no method that drops little."""
+    layer = {"chose": False, "ratio": 1.0, "work": 1.0, "cached": 100, "kv_bytes": 300}
+    seconds = {"prefill_probe": 1.0, "prefill_attend": 1.0}
+    for held, said in ((300, 0), (950, 1)):
+        layers = [layer | {"kv_bytes": held}] * 2
+        stats = Stats("KIVI(kv_bits=2)", 100, 50, 3, 1, seconds, layers, 2000, 0)
+        assert len([*zipvl_report.hints(stats)]) == said
+        assert sum("drops little" in hint for hint in zipvl_report.hints(stats)) == said
+
+
+def test_one_token_has_no_rate(cli: Cli) -> None:
+    line = next(x for x in cli.ask("--stats", "--max-new-tokens", "1")[2].splitlines()
+                if x.startswith("decode"))  # fmt: skip
+    assert line.endswith(" s   1 token")
+    err = cli.ask("--stats", "--max-new-tokens", "2")[2]
+    assert re.search(r"^decode .* 2 tokens, [\d.]+/s$", err, re.M)
+
+
 def test_media_options(cli: Cli) -> None:
     picture, clip = str(cli.files / "picture.png"), str(cli.files / "clip.mp4")
     code, out, _ = cli.ask("-i", picture, "-v", clip, "-v", clip, "--fps", "2", "--start", "0.4",
@@ -211,6 +244,25 @@ def test_bars_only_on_a_terminal(cli: Cli) -> None:
             assert cli.ask(*quiet)[0] == 0
         for bar in ("read frames", "encode frames", "prefill layers"):
             assert (bar in screen.text()) == (not quiet)
+
+
+def test_plain_lines_of_progress_elsewhere(cli: Cli) -> None:
+    """Every ten seconds; here after each step."""
+    with cli.patch.context() as patch:
+        patch.setattr(zipvl_report, "EVERY", 0.0)
+        _, _, err = cli.ask()
+        assert "read frames: 1 of 4\nread frames: 2 of 4\n" in err
+        assert "encode frames: 4 of 4\n" in err
+        assert "prefill layers: 2 of " in err
+        assert all(c.isprintable() or c == "\n" for c in err)
+        assert cli.ask("-q")[2] == ""
+    times = iter((0.0, 4.0, 11.0, 12.0, 20.0, 22.0))
+    cli.patch.setattr(time, "monotonic", lambda: next(times))
+    with zipvl_report.progress_lines("work", 3) as step:
+        step(1)
+        step(1)  # says so, at 11 and then 12
+        step(1)
+    assert cli.capsys.readouterr().err == "work: 2 of 3\n"
 
 
 def test_the_demo_is_the_default(cli: Cli) -> None:
@@ -310,6 +362,105 @@ def test_usage_errors(cli: Cli, args: list[str], named: str) -> None:
     assert any(n in err for n in named.split("|"))
 
 
+QUICK = [  # seen before torch is imported; the answer's own door says the same
+    (["--max-new-tokens", "0"], "max_new_tokens is 0: give 1 or more"),
+    (["--temperature", "-1"], "temperature is -1.0: give 0 (greedy) or more"),
+    (["--temperature", "inf"], "temperature is inf: give 0 (greedy) or more"),
+    (["--top-p", "2"], "top_p is 2.0: give a share above 0 and up to 1"),
+    (["--top-k", "-1"], "top_k is -1: give 0 (off) or more"),
+    (["--seed", str(2**63)], f"seed is {2**63}: give a whole number of at most 63 bits"),
+    (["--frames", "0"], "frames is 0: give 1 or more"),
+    (["--fps", "0"], "fps is 0.0: give frames a second"),
+    (["--start", "-1"], "start is -1.0: give seconds"),
+    (["--start", "nan"], "start is nan: give seconds"),
+    (["--start", "0:05", "--end", "2"], "start 5 lies after end 2"),
+    (["--reader", "opencv"], "unknown reader 'opencv': give pyav or decord"),
+    (["--method", "zipfl:tau=3"], "unknown method 'zipfl': use one of dense, zipvl, zipvl+"),
+    (["--method", "gone.py:X"], "method file gone.py does not exist: check the path"),
+    (["-v", "gone.mp4"], "gone.mp4 does not exist: check the path"),
+    (["-i", "gone.png"], "gone.png is not a file: give the path of a picture"),
+    (["-p", "a <image>"], "the prompt has 1 <image> markers but 0 images were given"),
+    (["-p", "<video> <video>"], "the prompt has 2 <video> markers but 1 videos were given"),
+    (["-p", "caf\udce9"], "the prompt is not valid Unicode text"),
+    (["-p", ""], "the prompt is empty: give -p TEXT"),
+    (["-p", " \n "], "the prompt is empty: give -p TEXT"),
+    (["-p", "-"], "the prompt is empty: give -p TEXT"),  # an empty standard input
+]
+
+
+def test_faults_of_the_command_line_need_no_torch() -> None:
+    code = """if True:
+        import json, sys, zipvl.cli
+        for args in json.loads(sys.argv[1]):
+            code = zipvl.cli.main(["-p", "x", *args])
+            print(json.dumps([code, "torch" in sys.modules]), file=sys.stderr)
+    """
+    command = [sys.executable, "-c", code, json.dumps([args for args, _ in QUICK])]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert (done.stdout, len(lines)) == ("", 2 * len(QUICK)), done.stderr
+    for (args, sentence), said, code in zip(QUICK, lines[::2], lines[1::2], strict=True):
+        wrong_file = args[0] in ("-v", "-i")
+        assert said.startswith(f"error: {sentence}")
+        assert json.loads(code) == [1 if wrong_file else 2, False]
+
+
+def test_the_same_words_as_in_python(cli: Cli) -> None:
+    """What the command tells early is what the engine would tell late."""
+    engine, clip = zipvl.load(cli.files / "model"), str(cli.files / "clip.mp4")
+    inputs = engine.prepare("x")
+    for args, ask in (
+        (["--max-new-tokens", "0"], lambda: engine.generate(inputs, max_new_tokens=0)),
+        (["--temperature", "-1"], lambda: engine.generate(inputs, temperature=-1.0)),
+        (["--top-p", "0"], lambda: engine.generate(inputs, top_p=0.0)),
+        (["--top-k", "-1"], lambda: engine.generate(inputs, top_k=-1)),
+        (["--seed", str(2**63)], lambda: engine.generate(inputs, seed=2**63)),
+        (["--frames", "0"], lambda: engine.prepare("x", video=clip, frames=0)),
+        (["--fps", "0"], lambda: engine.prepare("x", video=clip, fps=0.0)),
+        (["--start", "-1"], lambda: engine.prepare("x", video=clip, start=-1.0)),
+        (["--reader", "x"], lambda: engine.prepare("x", video=clip, reader="x")),
+        (["--method", "zipfl"], lambda: zipvl.load_policy("zipfl")),
+        (["--method", "gone.py:X"], lambda: zipvl.load_policy("gone.py:X")),
+        (["-v", "gone.mp4"], lambda: engine.prepare("x", video="gone.mp4")),
+        (["-i", "gone.png"], lambda: engine.prepare("x", images=["gone.png"])),
+        (["-p", "a <image>"], lambda: engine.prepare("a <image>")),
+        (["-p", "caf\udce9"], lambda: engine.prepare("caf\udce9")),
+    ):
+        with pytest.raises(zipvl.ZipvlError) as late:
+            ask()
+        assert cli("-p", "x", *args)[2] == f"error: {late.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("5", 5), ("5.5", 5.5), ("0:05", 5), ("90:00", 5400), ("1:02:03.5", 3723.5), ("-1", -1)],
+)
+def test_times(text: str, wanted: float) -> None:
+    assert zipvl_cli.seconds(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "1:", ":5", "1:60", "1:60:00", "-1:00", "1:2:3:4", "1.5:2"]
+)
+def test_times_that_are_none(cli: Cli, text: str) -> None:
+    code, _, err = cli("-p", "x", f"--start={text}")
+    assert code == 2
+    assert f"{text!r} is no time: give seconds, mm:ss or hh:mm:ss" in err
+
+
+def test_version_and_methods(cli: Cli) -> None:
+    from zipvl.policies import METHODS
+
+    assert cli("--version", model=None) == (0, f"zipvl {zipvl.__version__}\n", "")
+    code, out, err = cli("--list-methods", model=None)
+    assert (code, err) == (0, "")
+    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines()}
+    assert said == {m: kind.__doc__.splitlines()[0] for m, kind in METHODS.items()}
+    assert all(text.endswith(".") for text in said.values())
+    assert max(map(len, out.splitlines())) <= 110
+
+
 def test_public_names_load_on_first_use() -> None:
     """In a fresh process: the package itself is quick, and every way to name a thing of it works."""
     code = """if True:
@@ -353,7 +504,12 @@ def test_usage_errors_need_no_torch() -> None:
         (["--method", "zipfl"], "unknown method 'zipfl'"),
         (["--method", "dense", "--tau", "0.9"], "'dense' has no option 'tau'"),
         (["--method", "streaming", "--keep-ratio", "0.5"], "no option 'ratio'"),
-        (["--keep-ratio", "0.5"], "'zipvl' has no option 'ratio'"),
+        (["--keep-ratio", "0.5"], "'zipvl' has no option 'ratio' (--keep-ratio)"),
+        (["--keep-ratio", "0.5"], "fixed, random, fastv, zipcache have it"),
+        (["--tau", "1.5"], "tau is 1.5: give a share of the attention mass above 0 and up to 1"),
+        (["--method", "zipvl:tau=95"], "tau is 95.0: give a share"),
+        (["--method", "zipvl:seed=99999999999999999999"], "seed is 99999999999999999999: give"),
+        (["--method", "kivi:kv_bits=4,2"], "write two bit widths as 4/2"),
         (["--method", "random", "--probe", "4+4"], "no option 'random'"),
         (["--kv-bits", "2,4"], "kv_bits is '2,4': give 2, 4 or 8"),
         (["--kv-bits", ""], "kv_bits is ''"),
@@ -388,6 +544,8 @@ def test_options_with_sense(cli: Cli) -> None:
         (["--method", "zipvl:tau=0.5", "--tau", "0.75"], "ZipVL(tau=0.75"),
         (["--method", "random", "--keep-ratio", "0.5"], "Random("),
         (["--kv-bits", "4,2"], "kv_bits=(4, 2)"),
+        (["--kv-bits", "4/2"], "kv_bits=(4, 2)"),
+        (["--tau", "1"], "ZipVL(tau=1.0"),
         (["--kv-bits", "8"], "kv_bits=(8,)"),
         (["--method", "kivi", "--kv-bits", "4"], "KIVI(kv_bits=4"),
         (["--dense"], "Dense()"),
@@ -483,6 +641,110 @@ def test_out_of_memory(cli: Cli, refusal: Exception, number: str) -> None:
     assert cli.ask("-q") == before
 
 
+def test_memory_errors_are_exit_3(cli: Cli) -> None:
+    """In whose words they ever come, and behind whatever sentence."""
+
+    def hidden(*_: object) -> None:
+        try:
+            raise ImportError("libavcodec.so: failed to map segment from shared object")
+        except ImportError:
+            raise zipvl.MediaError("needs the package av: pip install av") from None
+
+    for refusal in (
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("unable to mmap 3724496 bytes from file <x>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        hidden,
+    ):
+        with cli.patch.context() as patch:
+            fail = refusal if callable(refusal) else interrupted_by(refusal)
+            patch.setattr(engine_load, "find_checkpoint", fail)
+            code, out, err = cli.ask("-q")
+        assert (code, out) == (3, "")
+        assert "out of memory (" in one_sentence(err)
+        assert "--frames" in err
+        assert "pip install" not in err
+
+
+def interrupted_by(error: Exception) -> Callable:
+    def fail(*_args: object, **_options: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_damaged_file_is_no_lack_of_memory(cli: Cli) -> None:
+    """FFmpeg has no other word for a header that asks for more than it allows."""
+
+    def refuse(*_: object) -> None:
+        try:
+            raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory", "x.mp4")
+        except av.error.FFmpegError as e:
+            raise zipvl.MediaError(f"x.mp4 is not a readable video ({e.strerror})") from None
+
+    cli.patch.setattr(engine_load, "find_checkpoint", refuse)
+    code, _, err = cli.ask("-q")
+    assert code == 1
+    assert "x.mp4 is not a readable video" in one_sentence(err)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v")
+def test_little_memory(files: Path) -> None:
+    """An answer or exit 3; C++ may abort where it cannot raise."""
+    codes = []
+    for megabytes in (1200, 1000, 900, 800, 700, 600, 500, 400):
+        command = (
+            f"ulimit -v {megabytes}000; exec {sys.executable} {SCRIPT} -p 'What comes first?' -q"
+        )
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        codes.append(done.returncode)
+        if done.returncode == 3:
+            assert "out of memory" in one_sentence(done.stderr)
+    assert {3} <= {*codes} <= {0, 3, 134, -signal.SIGABRT}, codes
+
+
+# --- streams and names of any kind ------------------------------------------------------------
+
+
+def shell(command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=60)
+
+
+def test_closed_streams() -> None:
+    program = f"{sys.executable} {SCRIPT}"
+    done = shell(f"{program} -p x -v gone.mp4 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+    done = shell(f"{program} -p - <&-")
+    assert (done.returncode, done.stderr.count(b"the prompt is empty")) == (2, 1)
+    done = shell(f"{program} --version >&-")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.slow
+def test_an_answer_into_closed_streams(files: Path) -> None:
+    program = f"{sys.executable} {SCRIPT} -m '{files}/model' -p x --max-new-tokens 2"
+    done = shell(f"{program} --stats <&- >&- 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_names_in_any_bytes(cli: Cli) -> None:
+    for name in ("caf\udce9.mp4", "\x1b[31mred\x07\n.mp4", "\u202egnp.exe"):
+        for flag in ("-v", "-i", "-m"):
+            code, out, err = cli("-p", "x", "-q", flag, name, model=None)
+            assert (code, out) == (1, "")
+            assert all(c.isprintable() for c in one_sentence(err)[:-1])
+        assert cli("-p", "x", "-q", "--method", name)[0] == 2
+    picture = os.fsdecode(os.fsencode(str(cli.files)) + b"/caf\xe9.png")
+    shutil.copy(cli.files / "picture.png", picture)
+    code, out, err = cli.ask("-i", picture)
+    assert (code, len(out) > 1, "error" in err) == (0, True, False)
+
+
 # --- Ctrl-C and pipes -------------------------------------------------------------------------
 
 
@@ -513,6 +775,82 @@ def test_interrupt_before_the_answer(cli: Cli, owner: object, name: str) -> None
         patch.setattr(owner, name, interrupting(getattr(owner, name)))
         code, out, err = cli.ask("-q")
     assert (code, out.strip(), err) == (130, "", "")
+
+
+def stopped(argv: list[str], module: str) -> subprocess.CompletedProcess:
+    """generate.py, with a real Ctrl-C at the moment when it imports `module`."""
+    code = f"""if True:
+        import os, runpy, signal, sys
+        class Stop:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    sys.meta_path.remove(self)
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Stop())
+        sys.argv = {["generate.py", *argv]!r}
+        runpy.run_path("generate.py", run_name="__main__")
+    """
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "zipvl", "argparse", "zipvl.report", "zipvl.vision.video", "numpy", "numpy.random", "torch",
+        *(pytest.param(m, marks=SLOW) for m in ("torch.nn", "torch.linalg", "zipvl.model.cache",
+                                               "tokenizers", "av", "av.error", "zipvl.engine.load")),
+    ],
+)  # fmt: skip
+def test_ctrl_c_while_importing(module: str) -> None:
+    """130 to a shell: by exit, or by the signal itself."""
+    done = stopped(["-p", "What comes first?"], module)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment() -> None:
+    for moment in (0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 2.5):
+        child = subprocess.Popen([sys.executable, SCRIPT, "-p", "What comes first?", "-q"],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        time.sleep(moment)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+        assert child.returncode in (130, -signal.SIGINT) or out, moment  # 0: it had answered
+        assert err == b"", moment
+
+
+def test_another_programs_handler_stays(cli: Cli) -> None:
+    """main() in a Python program: what its Ctrl-C does is its own, before and after."""
+    for handler in (signal.SIG_IGN, lambda *_: None, signal.default_int_handler):
+        signal.signal(signal.SIGINT, handler)
+        assert cli.ask("-q")[0] == 0
+        assert cli("-p", "")[0] == 2
+        assert signal.getsignal(signal.SIGINT) is handler
+    answers: list[tuple] = []
+    thread = threading.Thread(target=lambda: answers.append(cli.ask("-q")))
+    thread.start()
+    thread.join()
+    assert answers[0][0] == 0
+
+
+def test_interrupted_statistics(cli: Cli) -> None:
+    """--stats tells what was measured before Ctrl-C, in which stage ever it came."""
+    for name, there, missing in (
+        ("prefill", ("video",), ("prefill ", "decode ", "layer ")),
+        ("decode", ("video", "vision", "prefill", "decode", "kept", "layer"), ()),
+    ):
+        with cli.patch.context() as patch:
+            patch.setattr(Decoder, name, interrupting(getattr(Decoder, name)))
+            code, _, err = cli.ask("--stats")
+        begins = [line[:7] for line in err.splitlines()[1:]]
+        assert code == 130
+        assert all(any(line.startswith(stage[:7]) for line in begins) for stage in there), err
+        assert not any(stage in err for stage in missing)
 
 
 def test_interrupted_prefill_is_still_json(cli: Cli) -> None:
@@ -634,6 +972,31 @@ def test_chat_clear_forgets(cli: Cli) -> None:
     )
     cli.chat("What?", "What?", "/clear", "What?")
     assert sizes[1] > sizes[0] == sizes[2]
+
+
+def test_chat_says_what_it_forgets(cli: Cli) -> None:
+    picture = cli.files / "picture.png"
+    err = cli.chat(f"/image {picture}", "What?", f"/image {picture}", "Both?")[2]
+    assert err.count("the talk so far is forgotten") == 1
+
+
+def test_chat_knows_its_commands(cli: Cli) -> None:
+    code, out, err = cli.chat("/foo", "/home/me/a.mp4", "exit", "never asked", args=("-q",))
+    assert (code, out) == (0, "")
+    assert "unknown command /foo; /image FILE" in err
+    assert "unknown command /home/me/a.mp4" in err
+
+
+@pytest.mark.parametrize("line", ["/video {}", "And?"])
+def test_chat_interrupt_while_preparing_returns_to_the_prompt(cli: Cli, line: str) -> None:
+    """The talk and the media are as they were."""
+    clip, prepare = cli.files / "clip.mp4", zipvl.Engine.prepare
+    wanted = cli.chat("What?", "Who?", args=("-q", "--dense"))[1]
+    cli.patch.setattr(zipvl.Engine, "prepare", interrupting(prepare, 3))  # the clip, What?, this
+    lines = ("What?", line.format(clip), "Who?")
+    code, out, err = cli.chat(*lines, args=("-q", "--dense"))
+    assert (code, out) == (0, wanted)
+    assert "Traceback" not in err
 
 
 def test_chat_survives_errors(cli: Cli) -> None:
