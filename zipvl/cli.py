@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import zipvl
 
 from .errors import REFUSAL, MediaError, UsageError, ZipvlError
-from .report import as_json, headline, progress_lines, summary
+from .report import as_json, headline, open_streams, progress_lines, say, summary
 
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
@@ -160,12 +160,11 @@ def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if a.kv_bits is not None and a.kv_bits.isdecimal():
         a.kv_bits = int(a.kv_bits)
     if a.probe is not None:
-        recent, plus, random = a.probe.partition("+")
-        if not (plus and recent.isdecimal() and random.isdecimal()):
+        if not re.fullmatch(r"\d+\+\d+", a.probe):
             parser.error(f"--probe {a.probe}: write recent+random, for example 64+64")
-        a.probe = {"recent": int(recent), "random": int(random)}
-    check_numbers(a)
-    check_method(a)
+        recent, random = map(int, a.probe.split("+"))
+        a.probe = {"recent": recent, "random": random}
+    check_values(a)
     check_media(a)
     if a.prompt == "-":
         a.prompt = sys.stdin.read().strip()
@@ -173,30 +172,27 @@ def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         check_prompt(a)
 
 
-def check_numbers(a: argparse.Namespace) -> None:
-    """In the words of Run.steps and Sampling, which see them after minutes of loading."""
+def check_values(a: argparse.Namespace) -> None:
+    """In the words of Run.steps, Sampling and load_policy, which see them later."""
+    head = (a.method or "dense").partition(":")[0]
+    own, names = head.endswith(".py"), methods()
     for valid, sentence in (
         (a.max_new_tokens >= 1, f"max_new_tokens is {a.max_new_tokens}: give 1 or more"),
         (0 <= a.temperature < math.inf, f"temperature is {a.temperature}: give 0 (greedy) or more"),
         (0 < a.top_p <= 1, f"top_p is {a.top_p}: give a share above 0 and up to 1"),
         (a.top_k >= 0, f"top_k is {a.top_k}: give 0 (off) or more"),
         (abs(a.seed) < 2**63, f"seed is {a.seed}: give a whole number of at most 63 bits"),
+        (
+            own or head in names,
+            f"unknown method {head!r}: use one of {', '.join(names)}, or my_file.py:Class",
+        ),
+        (
+            not own or Path(head).is_file(),
+            f"method file {head} does not exist: check the path before the first colon",
+        ),
     ):
         if not valid:
             raise UsageError(sentence)
-
-
-def check_method(a: argparse.Namespace) -> None:
-    """In the words of load_policy, which sees the options as well."""
-    head = (a.method or "dense").partition(":")[0]
-    if head.endswith(".py") and not Path(head).is_file():
-        raise UsageError(
-            f"method file {head} does not exist: check the path before the first colon"
-        )
-    if not head.endswith(".py") and head not in (names := methods()):
-        raise UsageError(
-            f"unknown method {head!r}: use one of {', '.join(names)}, or my_file.py:Class"
-        )
 
 
 def check_media(a: argparse.Namespace) -> None:
@@ -221,10 +217,9 @@ def check_prompt(a: argparse.Namespace) -> None:
         raise UsageError("the prompt is not valid Unicode text: pass it as UTF-8")
     demo = a.model is None and not a.image and not a.video
     for kind, given in (("image", len(a.image)), ("video", len(a.video) or demo)):
-        marked = a.prompt.count(f"<{kind}>")
-        if marked not in (0, given):
+        if (n := a.prompt.count(f"<{kind}>")) not in (0, given):
             raise UsageError(
-                f"the prompt has {marked} <{kind}> markers but {given:d} {kind}s were given"
+                f"the prompt has {n} <{kind}> markers but {given:d} {kind}s were given"
             )
 
 
@@ -261,18 +256,6 @@ def abrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def open_streams() -> None:
-    """Closed streams lead nowhere, and no file gets their numbers; no byte is refused by one."""
-    for name, mode, odd in (
-        ("stdin", "r", "surrogateescape"),  # as they come on the command line
-        ("stdout", "w", "replace"),
-        ("stderr", "w", "replace"),
-    ):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-        getattr(sys, name).reconfigure(errors=odd)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The program with arguments `argv` (None: of this process). Returns the exit code."""
     a = argparse.Namespace(verbose=False)
@@ -302,29 +285,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def fault(e: Exception) -> int:
     """Says what ended the program, in one line. Returns the exit code."""
-    code = e.code if isinstance(e, ZipvlError) else 1
-    sentence = (
-        str(e) if isinstance(e, ZipvlError) else f"{type(e).__name__}: {e} (--verbose shows where)"
-    )
+    code, sentence = 1, f"{type(e).__name__}: {e} (--verbose shows where)"
+    if isinstance(e, ZipvlError):
+        code, sentence = e.code, str(e)
     if code != 3 and (reason := memory_ended(e)):
-        code = 3
-        sentence = (
-            f"out of memory ({reason}): give the process more, or use fewer "
-            "--frames, --dtype bfloat16 or a smaller model"
-        )
+        advice = "give the process more, or use fewer --frames, --dtype bfloat16 or a smaller model"
+        code, sentence = 3, f"out of memory ({reason}): {advice}"
     say("error: " + sentence.replace("\n", " "))
     return code
 
 
 def memory_ended(e: BaseException | None) -> str:
     """How `e`, or an error that led to it, says that memory ended; "" where none does."""
-    named = isinstance(
-        e, ZipvlError
-    )  # a file's fault: FFmpeg knows no other word for a huge header
+    mute = ["zipvl.errors"]
+    if isinstance(e, ZipvlError):  # of a file: FFmpeg says so of every header that is too large
+        mute += ["av.error"]
     while e:
         what = f"{type(e).__name__}: {e}"
-        other = isinstance(e, ZipvlError) or (named and type(e).__module__ == "av.error")
-        if not other and NO_MEMORY.search(what):
+        if type(e).__module__ not in mute and NO_MEMORY.search(what):
             return what.strip(": ")
         e = e.__cause__ or e.__context__
     return ""
@@ -359,11 +337,10 @@ class Session:
         if not a.quiet:
             setting = headline(self.engine, self.policy, inputs, short=a.prompt is None)
             warnings = [f"warning: {warning}" for warning in inputs.warnings]
-            if news := [part for part in setting if part not in self.said]:
-                say("; ".join(news))
-            for warning in warnings:
-                if warning not in self.said:
-                    say(warning)
+            news = "; ".join(part for part in setting if part not in self.said)
+            for line in (news, *(w for w in warnings if w not in self.said)):
+                if line:
+                    say(line)
             self.said = setting + warnings
         return inputs
 
@@ -382,12 +359,9 @@ class Session:
         from .engine.engine import Run
         from .engine.sampler import Sampling
 
-        a, text = self.args, ""
+        a, text, words = self.args, "", self.engine.chat.detokenizer()
         sampling = Sampling(a.temperature, a.top_p, a.top_k, a.seed)
-        run, words = (
-            Run(self.engine, [inputs], self.policy, sampling),
-            self.engine.chat.detokenizer(),
-        )
+        run = Run(self.engine, [inputs], self.policy, sampling)
         try:
             for made in run.steps(a.max_new_tokens, ignore_eos=False):
                 for _, token in made:
@@ -470,9 +444,3 @@ def read_line() -> str:
     if not line:
         raise EOFError
     return line.strip()
-
-
-def say(text: str = "") -> None:
-    """A line on stderr; control characters, which names of files may hold, as their codes."""
-    plain = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    print("".join(plain), file=sys.stderr, flush=True)

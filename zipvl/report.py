@@ -1,10 +1,12 @@
-"""A run as text and as JSON: setting, stages, layers, and hints where the method does not pay.
+"""A run as text and as JSON: setting, stages, layers, and hints where the method does not pay; the
+streams it goes to.
 
 It reads what a run left and imports nothing heavy itself, as the command line imports it.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
 
 
 EVERY = 10.0  # seconds from one line of progress to the next
+
+
+def open_streams() -> None:
+    """Closed streams lead nowhere, and no file gets their numbers; no byte is refused by one."""
+    for name, mode, odd in (
+        ("stdin", "r", "surrogateescape"),  # as they come on the command line
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "replace"),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors=odd)
+
+
+def say(text: str = "") -> None:
+    """A line on stderr; control characters, which names of files may hold, as their codes."""
+    plain = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    print("".join(plain), file=sys.stderr, flush=True)
 
 
 @contextmanager

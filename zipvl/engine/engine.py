@@ -314,12 +314,12 @@ class Run:
         self.notes = engine.take_notes(self.inputs, self.policy, max_new_tokens)
         if self.policy.scout is not None:
             clock.lap("scout")
+        fresh = [i for i in self.inputs if not i.reported]  # preparing is part of the first run
+        self.seconds["video"] = sum(i.seconds for i in fresh)
         out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes)
-        for inputs in self.inputs:  # what preparing took is part of its first run
-            if not inputs.reported:
-                self.seconds["video"] += inputs.seconds
-                self.seconds["vision"] += inputs.vision_seconds
-                inputs.reported = True
+        self.seconds["vision"] += sum(i.vision_seconds for i in fresh)
+        for inputs in fresh:
+            inputs.reported = True
         self.layers, caches = out.layers, out.caches
         logits = self.first_logits(out.hidden, out.batch)
         del out  # as long as the prompts

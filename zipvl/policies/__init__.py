@@ -35,13 +35,7 @@ METHODS: dict[str, type[Policy]] = {
     "zipcache": ZipCache,
     "kivi": KIVI,
 }
-FLAGS = {  # the command's names of these options
-    "tau": " (--tau)",
-    "ratio": " (--keep-ratio)",
-    "recent": " (--probe)",
-    "random": " (--probe)",
-    "kv_bits": " (--kv-bits)",
-}
+FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MAX_WHOLE = 2**53  # of an option: seeds are multiplied, and generators take 64 bits
 
@@ -65,10 +59,8 @@ def load_policy(method: str | Policy | type[Policy], **options: Any) -> Policy:
         listed = ", ".join(f"{p.name}={p.default}" for p in valid.values()) or "none"
         takers = [m for m, kind in METHODS.items() if option in inspect.signature(kind).parameters]
         others = f"; {', '.join(takers)} have it" if takers else ""
-        raise UsageError(
-            f"method {head!r} has no option {option!r}{FLAGS.get(option, '')}: it takes "
-            f"{listed}{others}"
-        )
+        named = f"{option!r}{FLAGS.get(option, '')}"  # and what the command calls it
+        raise UsageError(f"method {head!r} has no option {named}: it takes {listed}{others}")
     try:
         return cls(**{name: fit(value, valid[name]) for name, value in given.items()})
     except (TypeError, ValueError) as e:
