@@ -739,6 +739,9 @@ def test_names_in_any_bytes(cli: Cli) -> None:
             assert (code, out) == (1, "")
             assert all(c.isprintable() for c in one_sentence(err)[:-1])
         assert cli("-p", "x", "-q", "--method", name)[0] == 2
+        said = cli("-p", "x", name)[2]
+        assert "unrecognized arguments" in said
+        assert all(c.isprintable() or c == "\n" for c in said)
     picture = os.fsdecode(os.fsencode(str(cli.files)) + b"/caf\xe9.png")
     shutil.copy(cli.files / "picture.png", picture)
     code, out, err = cli.ask("-i", picture)
@@ -822,6 +825,19 @@ def test_ctrl_c_at_any_moment() -> None:
         out, err = child.communicate(timeout=60)
         assert child.returncode in (130, -signal.SIGINT) or out, moment  # 0: it had answered
         assert err == b"", moment
+
+
+@pytest.mark.slow
+def test_ctrl_c_behind_the_answer() -> None:
+    """While Python takes itself apart."""
+    for moment in (0, 0.002, 0.004, 0.02):
+        child = subprocess.Popen([sys.executable, SCRIPT, "-p", "What comes first?", "-q"],
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        child.stdout.readline()
+        time.sleep(moment)
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=60)[1] == b""
+        assert child.returncode in (0, 130, -signal.SIGINT)
 
 
 def test_another_programs_handler_stays(cli: Cli) -> None:

@@ -10,6 +10,7 @@ errors are quick: types are imported for checkers only, and `zipvl` loads its na
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -22,12 +23,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import zipvl
 
 from .errors import REFUSAL, MediaError, UsageError, ZipvlError
-from .report import as_json, headline, open_streams, progress_lines, say, summary
+from .report import as_json, headline, open_streams, plain, progress_lines, say, summary
 
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
@@ -111,9 +112,14 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     called = Path(sys.argv[0]).name
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m zipvl" if called == "__main__.py" else called,
         usage="%(prog)s [-m MODEL] [-v FILE] [-i FILE] [-p TEXT] [options]",
         description="Ask a LLaVA-family model about pictures and videos: "
@@ -175,21 +181,17 @@ def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def check_values(a: argparse.Namespace) -> None:
     """In the words of Run.steps, Sampling and load_policy, which see them later."""
     head = (a.method or "dense").partition(":")[0]
-    own, names = head.endswith(".py"), methods()
+    own, names = head.endswith(".py"), ", ".join(methods())
+    unknown = f"unknown method {head!r}: use one of {names}, or my_file.py:Class"
+    missing = f"method file {head} does not exist: check the path before the first colon"
     for valid, sentence in (
         (a.max_new_tokens >= 1, f"max_new_tokens is {a.max_new_tokens}: give 1 or more"),
         (0 <= a.temperature < math.inf, f"temperature is {a.temperature}: give 0 (greedy) or more"),
         (0 < a.top_p <= 1, f"top_p is {a.top_p}: give a share above 0 and up to 1"),
         (a.top_k >= 0, f"top_k is {a.top_k}: give 0 (off) or more"),
         (abs(a.seed) < 2**63, f"seed is {a.seed}: give a whole number of at most 63 bits"),
-        (
-            own or head in names,
-            f"unknown method {head!r}: use one of {', '.join(names)}, or my_file.py:Class",
-        ),
-        (
-            not own or Path(head).is_file(),
-            f"method file {head} does not exist: check the path before the first colon",
-        ),
+        (own or head in methods(), unknown),
+        (not own or Path(head).is_file(), missing),
     ):
         if not valid:
             raise UsageError(sentence)
@@ -227,9 +229,8 @@ def run(a: argparse.Namespace) -> int:
     """Everything after the checks. Returns the exit code."""
     from .vision.image import open_image
 
-    probe = a.probe or {}
-    method = "dense" if a.dense else a.method or "zipvl"
-    policy = zipvl.load_policy(method, tau=a.tau, ratio=a.keep_ratio, kv_bits=a.kv_bits, **probe)
+    options = {"tau": a.tau, "ratio": a.keep_ratio, "kv_bits": a.kv_bits, **(a.probe or {})}
+    policy = zipvl.load_policy("dense" if a.dense else a.method or "zipvl", **options)
     pictures: list[ImageSource] = [open_image(path) for path in a.image]  # before a large model is
     progress = not a.quiet and (sys.stderr.isatty() or progress_lines)
     engine = zipvl.load(
@@ -281,6 +282,9 @@ def main(argv: list[str] | None = None) -> int:
         if a.verbose:
             raise
         return fault(e)
+    finally:  # and it is silent while Python takes itself apart
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
 def fault(e: Exception) -> int:

@@ -36,10 +36,14 @@ def open_streams() -> None:
         getattr(sys, name).reconfigure(errors=odd)
 
 
+def plain(text: str) -> str:
+    """`text` with the control characters, which names of files may hold, as their codes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def say(text: str = "") -> None:
-    """A line on stderr; control characters, which names of files may hold, as their codes."""
-    plain = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    print("".join(plain), file=sys.stderr, flush=True)
+    """A line on stderr."""
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
