@@ -23,12 +23,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import zipvl
 
-from .errors import REFUSAL, MediaError, UsageError, ZipvlError
+from .errors import REFUSAL, UsageError, ZipvlError
 from .report import as_json, headline, open_streams, plain, progress_lines, say, summary
+from .vision.source import seconds
 
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
@@ -45,19 +46,6 @@ HELP = (
 )
 
 
-def seconds(text: str) -> float:
-    """`5.5`, `1:05.5` or `1:02:05` as seconds."""
-    try:
-        *larger, last = text.split(":")
-        parts = [*map(int, larger), float(last)]
-        if larger and (len(parts) > 3 or parts[0] < 0 or not all(0 <= p < 60 for p in parts[1:])):
-            raise ValueError
-    except ValueError:
-        sentence = f"{text!r} is no time: give seconds, mm:ss or hh:mm:ss"
-        raise argparse.ArgumentTypeError(sentence) from None
-    return sum(part * 60**place for place, part in enumerate(reversed(parts)))
-
-
 # Every option: its names and what its value is called; its default, or what reads a value without
 # one (False: a switch without a value, []: may be repeated); help.
 OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
@@ -70,8 +58,8 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("--template NAME", str, "prompt template: a built-in name or a .jinja file"),
     ],
     "frames of a video": [
-        ("-n --frames FRAMES", 32, "how many, uniformly spread (default 32)"),
-        ("--fps FPS", float, "frames a second instead; --frames is then the most"),
+        ("-n --frames FRAMES", int, "how many, uniformly spread (default 32)"),
+        ("--fps FPS", float, "frames a second instead; at most --frames if given"),
         ("--start TIME", seconds, "from here: seconds, mm:ss or hh:mm:ss"),
         ("--end TIME", seconds, "up to here"),
         ("--reader NAME", "pyav", "how videos are decoded: pyav (default) or decord"),
@@ -185,7 +173,10 @@ def check_values(a: argparse.Namespace) -> None:
     unknown = f"unknown method {head!r}: use one of {names}, or my_file.py:Class"
     missing = f"method file {head} does not exist: check the path before the first colon"
     for valid, sentence in (
-        (a.max_new_tokens >= 1, f"max_new_tokens is {a.max_new_tokens}: give 1 or more"),
+        (
+            a.max_new_tokens >= 1,
+            f"max_new_tokens is {a.max_new_tokens}: give a whole number from 1 on",
+        ),
         (0 <= a.temperature < math.inf, f"temperature is {a.temperature}: give 0 (greedy) or more"),
         (0 < a.top_p <= 1, f"top_p is {a.top_p}: give a share above 0 and up to 1"),
         (a.top_k >= 0, f"top_k is {a.top_k}: give 0 (off) or more"),
@@ -198,17 +189,17 @@ def check_values(a: argparse.Namespace) -> None:
 
 
 def check_media(a: argparse.Namespace) -> None:
-    """Names of files and what to take of them; the content comes later."""
-    from .vision.video import READERS, local_file, sample
+    """What the files are, by their heads, and what to take of a video."""
+    from .vision.source import check_image, local_file
+    from .vision.video import READERS, sample
 
-    sample((0.0,), min(a.frames, 1), a.fps, a.start, a.end)  # has the sentences
+    sample((0.0,), a.frames, a.fps, a.start, a.end)  # has the sentences
     if a.reader not in READERS:
         raise UsageError(f"unknown reader {a.reader!r}: give {' or '.join(READERS)}")
     for path in a.video:
         local_file(path)
     for path in a.image:
-        if not Path(path).is_file():
-            raise MediaError(f"{path} is not a file: give the path of a picture")
+        check_image(path)
 
 
 def check_prompt(a: argparse.Namespace) -> None:
@@ -227,18 +218,15 @@ def check_prompt(a: argparse.Namespace) -> None:
 
 def run(a: argparse.Namespace) -> int:
     """Everything after the checks. Returns the exit code."""
-    from .vision.image import open_image
-
     options = {"tau": a.tau, "ratio": a.keep_ratio, "kv_bits": a.kv_bits, **(a.probe or {})}
     policy = zipvl.load_policy("dense" if a.dense else a.method or "zipvl", **options)
-    pictures: list[ImageSource] = [open_image(path) for path in a.image]  # before a large model is
     progress = not a.quiet and (sys.stderr.isatty() or progress_lines)
     engine = zipvl.load(
         a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.compile
     )
     if a.model is None and not a.video and not a.image:
         a.video = [str(zipvl.demo_clip())]
-    session = Session(engine, policy, a, pictures)
+    session = Session(engine, policy, a)
     return session.chat() if a.prompt is None else session.ask(a.prompt)
 
 
@@ -315,12 +303,10 @@ def memory_ended(e: BaseException | None) -> str:
 class Session:
     """One engine, its media and options, asked once or in a chat."""
 
-    def __init__(
-        self, engine: Engine, policy: Policy, args: argparse.Namespace, pictures: list[ImageSource]
-    ) -> None:
+    def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace) -> None:
         self.engine, self.policy, self.args = engine, policy, args
-        self.images = pictures  # opened ones; once they are cut, what they hold
-        self.videos: list[VideoSource] = args.video  # files; once they are read, likewise
+        self.images: list[ImageSource] = args.image  # files; once they are read, what they hold
+        self.videos: list[VideoSource] = args.video
         self.said: list[str] = []  # what the user knows of the setting
 
     def prepare(
@@ -333,10 +319,11 @@ class Session:
         says what will run, of which a chat repeats nothing."""
         a = self.args
         images, videos = images or self.images, videos or self.videos
+        frames: int | Literal["auto"] = a.frames or "auto"
         inputs = self.engine.prepare(
-            prompt, images, videos, a.frames, a.fps, a.start, a.end, a.system, a.reader
+            prompt, images, videos, frames, a.fps, a.start, a.end, a.system, a.reader
         )
-        self.images[:] = [m for m in inputs.media if m.kind == "image"]  # frees the opened ones
+        self.images = [m for m in inputs.media if m.kind == "image"]
         self.videos = [m for m in inputs.media if m.kind == "video"]
         if not a.quiet:
             setting = headline(self.engine, self.policy, inputs, short=a.prompt is None)
