@@ -264,6 +264,7 @@ def test_plain_lines_of_progress_elsewhere(cli: Cli) -> None:
         patch.setattr(zipvl_report, "EVERY", 0.0)
         _, _, err = cli.ask()
         assert "read frames: 1 of 4\nread frames: 2 of 4\n" in err
+        assert "load weights: 1 of " in err
         assert "encode frames: 4 of 4\n" in err
         assert "prefill layers: 2 of " in err
         assert all(c.isprintable() or c == "\n" for c in err)

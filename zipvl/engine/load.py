@@ -46,8 +46,9 @@ def load(
         check_kind(weights, place, kind)
     backend, attend = kernels.pick(str(attn), place, kind, config.text.head_dim)
     chat = Chat.from_folder(folder, config, template)
+    progress = show_progress if callable(show_progress) else bar if show_progress else silent
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
-        vlm = load_weights(config, folder, place, kind, bar if show_progress else silent)
+        vlm = load_weights(config, folder, place, kind, progress)
         if weights != "full":
             pack_weights(vlm, weights)
     if compile:
