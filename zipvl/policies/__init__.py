@@ -138,7 +138,7 @@ def from_file(path: Path, name: str) -> type[Policy]:
     found = {c.__name__: c for c in classes if c.__module__ == module.__name__}
     if name not in found:
         known = f"it has {', '.join(found)}" if found else "it has no Policy class"
-        if name in vars(module):
+        if not isinstance(vars(module).get(name, Policy), type):
             known = f"its {name} is {vars(module)[name]!r:.100}, no class made from zipvl.Policy"
         raise UsageError(
             f"method file {path} has no method {name!r}: {known}; write {path}:ClassName"
