@@ -661,6 +661,12 @@ def test_memory_errors_are_exit_3(cli: Cli) -> None:
         except ImportError:
             raise zipvl.MediaError("needs the package av: pip install av") from None
 
+    def threadless(*_: object) -> None:
+        try:
+            raise av.error.BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        except av.error.FFmpegError:
+            raise zipvl.MediaError("x.mp4 has a frame that cannot be shown: damaged") from None
+
     for refusal in (
         MemoryError(),
         RuntimeError("std::bad_alloc"),
@@ -669,6 +675,7 @@ def test_memory_errors_are_exit_3(cli: Cli) -> None:
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
         hidden,
+        threadless,
     ):
         with cli.patch.context() as patch:
             fail = refusal if callable(refusal) else interrupted_by(refusal)

@@ -289,12 +289,11 @@ def fault(e: Exception) -> int:
 
 def memory_ended(e: BaseException | None) -> str:
     """How `e`, or an error that led to it, says that memory ended; "" where none does."""
-    mute = ["zipvl.errors"]
-    if isinstance(e, ZipvlError):  # of a file: FFmpeg says so of every header that is too large
-        mute += ["av.error"]
+    named = isinstance(e, ZipvlError)  # a file: FFmpeg lacks memory for any header too large
     while e:
-        what = f"{type(e).__name__}: {e}"
-        if type(e).__module__ not in mute and NO_MEMORY.search(what):
+        what, home = f"{type(e).__name__}: {e}", type(e).__module__
+        doubtful = named and home == "av.error" and isinstance(e, MemoryError)
+        if home != "zipvl.errors" and not doubtful and NO_MEMORY.search(what):
             return what.strip(": ")
         e = e.__cause__ or e.__context__
     return ""
