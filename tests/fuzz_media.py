@@ -154,7 +154,7 @@ def watch(folder: Path) -> None:
     reading, taken = Reading(path, frames=4), []
     for frames in reading:
         taken = [fit_frame(frame, PLAIN) for frame in frames]
-    reading.clip(np.stack([taken[place] for place in reading.places]))
+    reading.clip(np.stack(taken))
 
 
 # --- pictures -----------------------------------------------------------------------------------

@@ -45,7 +45,12 @@ LONGEST = 3000  # characters of a message: thirty names fit, a file poured out d
 REPORT = 4000  # bytes of a child's report, few enough for a pipe to take them at once
 REACHING = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 PR_SET_PDEATHSIG = 1
-ASKED = ("the model", "the prompt", "this model")  # known to who asked, and named for that
+ASKED = (
+    "the model",
+    "the prompt",
+    "the vision features",
+    "this model",
+)  # known to who asked, and named for that
 
 Name = tuple[str, int | str]  # kind and number, or "bases" and a file
 Call = Callable[[Path], object]  # reads the files of a folder, which it may lay there first

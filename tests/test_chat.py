@@ -517,6 +517,22 @@ def test_tokens_only_the_settings_know(tmp_path: Path) -> None:
         open_chat(tmp_path, model_config(image=size))
 
 
+def test_odd_tokens_of_the_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No raw exception, and no word on stdout, where the answer goes."""
+    size = len(write_llama_like(tmp_path, ["<image>"]))
+    settings = tmp_path / "tokenizer_config.json"
+    raw = json.loads(settings.read_text())
+    raw["added_tokens_decoder"] = {"1": {"content": "<s>", "special": True, "colour": "red"}}
+    raw |= {"eos_token": "\ud800", "bos_token": "\udfff", "pad_token": "<unk>"}
+    settings.write_text(json.dumps(raw))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert open_chat(tmp_path, model_config(image=size - 1)).stop_ids >= {5}
+    assert capfd.readouterr() == ("", "")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": []}))
+    with pytest.raises(ModelError, match="added tokens"):
+        open_chat(tmp_path, model_config(image=size - 1))
+
+
 def test_saved_truncation_and_padding_are_ignored(tmp_path: Path) -> None:
     ids = write_llama_like(tmp_path)
     tok = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

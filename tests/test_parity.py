@@ -3,6 +3,7 @@
 The oracle gets the rendered prompt written out here by hand, the engine the user's words.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,16 @@ VARIANTS = {
     "siglip average": ("original_onevision", {"mm_spatial_pool_mode": "average"}),
     "two tiles": ("original_onevision", {"image_aspect_ratio": "anyres_max_2"}),
 }
+
+
+@pytest.mark.parametrize("kind", ["pad", "identity"])
+def test_projectors_that_are_none(kind: str, tmp_path: Path) -> None:
+    settings = tmp_path / "model/config.json"
+    tiny_original.build_original("original_15", settings.parent, 4)
+    raw = json.loads(settings.read_text()) | {"mm_projector_type": kind}
+    settings.write_text(json.dumps(raw))
+    with pytest.raises(zipvl.ModelError, match=rf"config\.json: projector '{kind}'"):
+        zipvl.load(settings.parent, device="cpu")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import zipvl
-from zipvl.errors import ModelError
+from zipvl.errors import LONGEST, ModelError
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 from zipvl.model.weights import SPELLINGS, load_weights, read_tensors
@@ -167,6 +167,17 @@ def test_missing_unexpected_and_misshaped_are_listed_by_name(
         "wrong shape (1): projector.0.weight is [64, 48], config says [64, 32]",
     )
     assert "lm_head" not in text
+
+
+def test_names_in_messages_are_one_line_and_not_endless(oracle: Callable, tmp_path: Path) -> None:
+    def change(t: dict[str, Tensor]) -> None:
+        t["\x1b[2J\n\u202e"] = torch.zeros(2)
+        t["z" * 10_000] = torch.zeros(2)
+
+    text = refused(edited(oracle("llava").folder, tmp_path, change), "unexpected (2): ")
+    assert r"\x1b[2J\n\u202e, zz" in text
+    assert text.isprintable()
+    assert len(text) < LONGEST + 10
 
 
 def test_a_long_list_is_cut_at_ten(oracle: Callable, tmp_path: Path) -> None:

@@ -17,10 +17,21 @@ REFUSAL = re.compile(
 )
 
 
+LONGEST = 2000  # characters of a message
+
+
 class ZipvlError(Exception):
-    """Base of all errors raised on purpose; the command line prints it and exits with `code`."""
+    """Base of all errors raised on purpose; the command line prints it and exits with `code`.
+
+    One line that a terminal shows as it is, and not endless, whatever a file put into `text`.
+    """
 
     code = 1
+
+    def __init__(self, text: object = "") -> None:
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+        half = LONGEST // 2
+        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
 
 
 class ModelError(ZipvlError):

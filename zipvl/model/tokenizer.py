@@ -7,6 +7,7 @@ vocab.json + merges.txt     Qwen2's byte-level BPE
 
 import codecs
 import os
+import re
 import struct
 from collections.abc import Iterator
 from io import BytesIO
@@ -22,6 +23,8 @@ from ..errors import ModelError
 
 TOKENIZER_BYTES, PIECES_BYTES = 2**25, 2**22  # of tokenizer.json; of tokenizer.model
 PIECES, PIECE_LENGTH, MERGES = 2**18, 2**8, 2**20  # characters of one; ways to join two
+ADDED = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+HALF = re.compile("[\ud800-\udfff]")  # of a UTF-16 pair: no text that a tokenizer takes
 QWEN2_SPLIT = (  # one digit at a time; transformers models/qwen2/tokenization_qwen2.py
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,10 +93,11 @@ def _from_merges(folder: Path) -> Tokenizer:
 def _add_missing(tok: Tokenizer, folder: Path, settings: dict[str, Any]) -> None:
     """Add the tokens that only tokenizer_config.json or added_tokens.json know, in order of id."""
     plain = optional_json(folder / "added_tokens.json")
-    declared = {i: AddedToken(text, special=True, normalized=False) for text, i in plain.items()}
     try:
+        declared = {i: AddedToken(t, special=True, normalized=False) for t, i in plain.items()}
         for i, record in settings.get("added_tokens_decoder", {}).items():
-            declared[int(i)] = AddedToken(**record)
+            known = {k: v for k, v in record.items() if k in ADDED}
+            declared[int(i)] = AddedToken(**known)
         missing = sorted(declared.keys() - tok.get_added_tokens_decoder().keys())
     except (AttributeError, TypeError, ValueError) as e:
         raise ModelError(f"{folder}: the added tokens are malformed ({e})") from None
@@ -113,7 +117,10 @@ def named_tokens(tok: Tokenizer, folder: Path, settings: dict[str, Any]) -> dict
     named: dict[str, Any] = {k: v for k, v in known.items() if tok.token_to_id(v) is not None}
     named |= optional_json(folder / "special_tokens_map.json") | settings
     texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
-    return {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)}
+    return {
+        k: v for k, v in texts.items()
+        if k.endswith("_token") and isinstance(v, str) and not HALF.search(v)
+    }  # fmt: skip
 
 
 def bos_ids(tok: Tokenizer, settings: dict[str, Any], tokens: dict[str, str]) -> tuple[int, ...]:

@@ -91,7 +91,10 @@ def load_weights(
     unexpected and mis-shaped names.
     """
     with torch.device("meta"):
-        model = VLM(config)
+        try:
+            model = VLM(config)
+        except ModelError as e:  # which knows the value, but not whose it is
+            raise ModelError(f"{folder / 'config.json'}: {e}") from None
     missing = {name: p.shape for name, p in model.named_parameters()}
     misshaped: list[str] = []
 

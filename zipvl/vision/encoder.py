@@ -136,13 +136,13 @@ def projector(kind: str, vision_width: int, text_width: int, bias: bool) -> nn.S
         if vision_width != text_width:
             raise ModelError(
                 f"projector 'identity' cannot join tower width {vision_width} to decoder width "
-                f"{text_width}: check mm_projector_type in config.json"
+                f"{text_width}: check mm_projector_type"
             )
         return nn.Sequential()
     if kind != "linear" and depth is None:
         raise ModelError(
-            f"projector {kind!r} is not supported (linear, mlp2x_gelu and the like, identity are): "
-            "check mm_projector_type in config.json"
+            f"projector {kind!r:.60} is not supported (linear, mlp2x_gelu and the like, identity "
+            "are): check mm_projector_type"
         )
     layers: list[nn.Module] = [Linear(vision_width, text_width, bias=bias)]
     for _ in range(int(depth[1]) - 1 if depth else 0):
