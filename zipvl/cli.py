@@ -4,7 +4,7 @@ Answers and JSON go to stdout and nothing else does; progress, statistics and er
 Exit codes: 0, 1 input or model error, 2 usage, 3 out of memory, 130 Ctrl-C.
 
 Nothing here imports torch before the command line is known to make sense, so that --help and usage
-errors are quick: types are imported for checkers only, and `zipvl` loads its names on first use.
+errors are quick: types are imported for checkers only, everything else where it is used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import zipvl
-
+from . import __version__
 from .errors import REFUSAL, UsageError, ZipvlError
 from .report import as_json, headline, open_streams, plain, progress_lines, say, summary
 from .vision.source import seconds
@@ -126,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
                 add(*flags, metavar=last, type=value, help=text)
             else:
                 add(*flags, metavar=last, type=type(value), default=value, help=text)
-    parser.add_argument("--version", action="version", version=f"zipvl {zipvl.__version__}")
+    parser.add_argument("--version", action="version", version=f"zipvl {__version__}")
     return parser
 
 
@@ -218,14 +217,15 @@ def check_prompt(a: argparse.Namespace) -> None:
 
 def run(a: argparse.Namespace) -> int:
     """Everything after the checks. Returns the exit code."""
+    from .engine.load import demo_clip, load
+    from .policies import load_policy
+
     options = {"tau": a.tau, "ratio": a.keep_ratio, "kv_bits": a.kv_bits, **(a.probe or {})}
-    policy = zipvl.load_policy("dense" if a.dense else a.method or "zipvl", **options)
+    policy = load_policy("dense" if a.dense else a.method or "zipvl", **options)
     progress = not a.quiet and (sys.stderr.isatty() or progress_lines)
-    engine = zipvl.load(
-        a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.compile
-    )
+    engine = load(a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.compile)
     if a.model is None and not a.video and not a.image:
-        a.video = [str(zipvl.demo_clip())]
+        a.video = [str(demo_clip())]
     session = Session(engine, policy, a)
     return session.chat() if a.prompt is None else session.ask(a.prompt)
 

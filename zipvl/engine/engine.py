@@ -7,15 +7,13 @@ Decoder.decode. What a method keeps is decided by its policy inside the attentio
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import DAMAGED, ModelError, UsageError, memory_errors
 from ..model.batch import Batch, join
@@ -23,13 +21,13 @@ from ..model.cache import Cache
 from ..model.chat import Chat
 from ..model.kernels import Attend
 from ..model.vlm import VLM
+from ..model.weights import Progress, silent
 from ..policies import load_policy
 from ..policy import Notes, Policy
 from .inputs import (
     ImageSource,
     Inputs,
     Message,
-    Progress,
     VideoSource,
     as_list,
     build_inputs,
@@ -94,27 +92,17 @@ class Step:
 
 
 class Engine:
-    """A model, its tokenizer and an attention backend. One request or batch at a time."""
+    """A model, its tokenizer and an attention backend. One request or batch at a time.
+
+    `with progress("encode frames", 64) as step: step(16)` shows how far it is.
+    """
 
     def __init__(self, model: VLM, chat: Chat, backend: str, attend: Attend,
-                 show_progress: bool | Progress = False, step: type[Step] = Step):  # fmt: skip
+                 progress: Progress = silent, step: type[Step] = Step):  # fmt: skip
         self.model, self.chat, self.config = model, chat, model.config
         self.backend, self.attend = backend, attend
-        self.show_progress, self.step = show_progress, step
+        self.progress, self.step = progress, step
         self.chunk = CHUNK.get(model.device.type)
-
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[int], object]]:
-        """`with engine.progress("encode frames", 64) as step: step(16)`; a bar on stderr."""
-        if callable(self.show_progress):
-            with self.show_progress(label, total) as step:
-                yield step
-            return
-        silent = not self.show_progress or total < 2
-        with tqdm(
-            total=total, desc=f"{label:<13}", leave=False, dynamic_ncols=True, disable=silent
-        ) as bar:
-            yield bar.update
 
     def prepare(
         self,

@@ -11,9 +11,8 @@ from ..errors import ModelError, UsageError, memory_errors
 from ..model import kernels
 from ..model.chat import Chat
 from ..model.layouts import read_config
-from ..model.weights import find_checkpoint, load_weights, silent
+from ..model.weights import Progress, find_checkpoint, load_weights, silent
 from .engine import Engine, Step
-from .inputs import Progress
 from .speed import GraphStep, check_kind, compile_rows, pack_weights
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -33,7 +32,7 @@ def load(
 
     `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn`
     forces an attention backend, `template` a prompt template (a built-in name or a .jinja file).
-    `show_progress`: bars on stderr, or what shows progress instead (Engine.progress).
+    `show_progress`: bars on stderr, or what shows progress instead (Engine).
     `weights` packed lays them out for a CPU's products; int8 or int4 adds copies for decoding.
     `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
     Raises ModelError, UsageError.
@@ -59,13 +58,15 @@ def load(
             f"{config.text.vocab_size}: tokenizer and weights belong to different models"
         )
     step = GraphStep if compile and place.type == "cuda" else Step
-    return Engine(vlm, chat, backend, attend, show_progress, step)
+    return Engine(vlm, chat, backend, attend, progress, step)
 
 
 @contextmanager
 def bar(label: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, as `Engine.progress` shows them."""
-    with tqdm(total=total, desc=f"{label:<13}", leave=False, dynamic_ncols=True) as shown:
+    """A bar on stderr, where there is more than one step."""
+    with tqdm(
+        total=total, desc=f"{label:<13}", leave=False, dynamic_ncols=True, disable=total < 2
+    ) as shown:
         yield shown.update
 
 
