@@ -234,12 +234,15 @@ def test_options_from_string_and_arguments() -> None:
         ("", "unknown method"),
         ("zipvl:tua=0.9", "no option 'tua': it takes tau=0.975"),
         ("zipvl:tau", "option=value"),
+        ("zipvl:kv_bits=4,2", "'2' is not of the form option=value; write two bit widths as 4/2"),
         ("zipvl:tau=high", "tau is 'high': give a number, such as 0.975"),
         ("zipvl:recent=1.5", "recent is 1.5: give a whole number"),
         ("zipvl:tau=0", "above 0"),
         ("zipvl:tau=nan", "above 0"),
         ("zipvl:recent=0,random=0", "1 probe or more"),
         ("zipvl:recent=-1", "1 probe or more"),
+        (f"zipvl:seed={2**53}", "seed is 9007199254740992: give a number below 2^53"),
+        (f"zipvl:tau=-{2**53}", "give a number below 2^53"),
         ("zipvl:always=maybe", "text, last, none"),
         ("zipvl:always=1", "give a name"),
         ("zipvl:divisor=x", "probes, all, none"),
@@ -279,7 +282,15 @@ GOOD = """
     class Other(Policy):
         def __init__(self, ratio):
             self.ratio = ratio
+    class Switched(Policy):
+        def __init__(self, shift=False, flip: bool = None):
+            self.shift, self.flip = shift, flip
+    class Fails(Policy):
+        def __init__(self, size=1):
+            self.size = {}[size]
     class NotAPolicy: ...
+    made = Mine()
+    def function(): ...
 """
 
 
@@ -304,17 +315,51 @@ def test_a_method_from_a_file(method_file: Callable[[str], Path]) -> None:
     assert hasattr(random, "randint")  # the real module is untouched
 
 
+@pytest.mark.parametrize("option", ["shift", "flip"])  # by its default, by its annotation
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("False", False), ("no", False), ("0", False), ("True", True), ("yes", True), ("1", True)],
+)
+def test_a_switch_arrives_as_a_switch(
+    method_file: Callable[[str], Path], option: str, text: str, value: bool
+) -> None:
+    switched = f"{method_file(GOOD)}:Switched"
+    for policy in (
+        load_policy(f"{switched}:{option}={text}"), load_policy(switched, **{option: value})
+    ):  # fmt: skip
+        assert getattr(policy, option) is value
+
+
+def test_a_class_is_a_method_and_a_policy_is_made() -> None:
+    assert load_policy(ZipVL, tau=0.5) == ZipVL(tau=0.5)
+    policy = ZipVL()
+    assert load_policy(policy, tau=None) is policy  # an option that is None is none
+    with pytest.raises(UsageError, match=r"is made: give it tau, seed where you make it"):
+        load_policy(policy, tau=0.5, seed=1)
+    with pytest.raises(UsageError, match="method 'ZipVL' has no option 'ratio'"):
+        load_policy(ZipVL, ratio=0.5)
+    for wrong in (3, None, Path, [ZipVL]):
+        with pytest.raises(UsageError, match="give a name, a Policy or a class of one"):
+            load_policy(wrong)
+
+
 @pytest.mark.parametrize(
     ("text", "name", "words"),
     [
-        (GOOD, "", "no method '': it has Mine, Other"),
-        (GOOD, "Mine2", "no method 'Mine2': it has Mine, Other"),
-        (GOOD, "NotAPolicy", "it has Mine, Other"),
-        (GOOD, "Policy", "it has Mine, Other"),
+        (GOOD, "", "no method '': it has Mine, Other, Switched, Fails"),
+        (GOOD, "Mine2", "no method 'Mine2': it has Mine, Other, Switched, Fails"),
+        (GOOD, "NotAPolicy", "it has Mine, Other, Switched, Fails"),
+        (GOOD, "Policy", "it has Mine, Other, Switched, Fails"),
+        (GOOD, "made", "its made is Mine(ratio=0.5), no class made from zipvl.Policy"),
+        (GOOD, "function", "its function is <function function at "),
         (GOOD, "Other", "missing"),
+        (GOOD, "Fails", "fails when it is made (KeyError: 1)"),
+        (GOOD, "Switched:shift=maybe", "shift is 'maybe': give true or false"),
+        (GOOD, "Switched:flip=2", "flip is 2: give true or false"),
         (GOOD, "Mine:ratio=1,size=2", "no option 'size': it takes ratio=0.5"),
         ("x = 1", "Mine", "it has no Policy class"),
         ("x = (", "Mine", "cannot be imported (SyntaxError"),
+        ("import sys; sys.exit(3)", "Mine", "cannot be imported (SystemExit: 3)"),
         ("import nothing_like_it", "Mine", "cannot be imported (ModuleNotFoundError"),
     ],
 )
