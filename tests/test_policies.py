@@ -157,13 +157,13 @@ FAULTS = [
     (AsksForRowsBackwards, "the rows of view.mass"),
     (LetsTheLastTokenWait, "last token"),
     (TrimsAhead, "no cache yet"),
-    (CallsMoreThanAreDuePrecise, "outside 0"),
+    (CallsMoreThanAreDuePrecise, "outside the 0 tokens there are"),
 ]
 
 
 @pytest.mark.parametrize(("make", "hint"), FAULTS)
 def test_contract_names_the_fault(make: Callable[[], Policy], hint: str) -> None:
-    with pytest.raises(AssertionError, match=hint):
+    with pytest.raises((AssertionError, zipvl.UsageError), match=hint):
         check_policy(make)
 
 
@@ -553,16 +553,98 @@ class Returns(Policy):
         return self.what
 
 
+def plan_of(index: object) -> Plan:
+    """All parts are `index`: each verb looks at those that it answers with."""
+    return Plan(attend=index, cache=index, stream=index, precise=index)
+
+
+NONSENSE = [  # what a verb answers with, and what its error says
+    (3, "gives 3: return a Plan"),
+    (None, "gives None: return a Plan"),
+    ([0, 1], r"gives \[0, 1\]: return a Plan"),
+    (torch.eye(3), r"gives tensor\(\[\[1., 0., 0.\], \[0., 1., 0.\],"),  # in one line
+    (KeyError("x"), "fails with KeyError"),
+    (RuntimeError("shapes"), "fails with RuntimeError"),
+    (plan_of([0, 1]), r"gives a Plan.* whose \w+ is \[0, 1\]: give a tensor"),
+    (plan_of(torch.ones(2)), "has dtype torch.float32: give int64"),
+    (plan_of(torch.ones(2) > 0), r"has dtype torch.bool: .* \.nonzero\(\)"),
+    (plan_of(torch.tensor(0)), r"has shape \[\]: one index per token"),
+    (plan_of(torch.arange(0)), "is empty"),
+    (plan_of(torch.tensor([0, 10**6])), r"reaches outside the \d+ tokens there are"),
+    (plan_of(torch.tensor([-1, 0])), r"reaches outside the \d+ tokens there are"),
+    (plan_of(torch.tensor([1, 0])), "is not sorted"),
+]
+
+
 @pytest.mark.parametrize("verb", ["plan", "step", "start"])
-@pytest.mark.parametrize(
-    ("what", "says"),
-    [(3, "gives 3: return a Plan"), (None, "gives None: return a Plan"),
-     (KeyError("x"), "fails with KeyError"), (RuntimeError("shapes"), "fails with RuntimeError")],
-)  # fmt: skip
+@pytest.mark.parametrize(("what", "says"), NONSENSE)
 def test_a_broken_method_is_named(pictured: tuple, verb: str, what: object, says: str) -> None:
     engine, inputs = pictured
-    with pytest.raises(zipvl.UsageError, match=r"Returns.answer\(\) of the method " + says):
-        engine.generate(inputs, Returns(what, verb), max_new_tokens=3)
+    for run in (
+        lambda: engine.generate(inputs, Returns(what, verb), max_new_tokens=3),
+        lambda: check_policy(Returns, what=what, verb=verb),
+    ):
+        with pytest.raises(
+            zipvl.UsageError, match=r"^Returns.answer\(\) of the method .*" + says
+        ) as e:
+            run()
+        assert "\n" not in str(e.value)
+
+
+class BadTrim(Policy):
+    def __init__(self, what: object = 3):
+        self.what = what
+
+    def trim(self, layer: int, notes: Notes) -> object:
+        return self.what
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [(3, "gives 3: return a dict of slots, or None"),
+     (torch.arange(2), "gives tensor"),
+     ({1: torch.arange(1)}, "names layer 1, which has no cache yet"),
+     ({"0": torch.arange(1)}, "names layer '0', which has no cache yet"),
+     ({0: [0]}, r"gives slots of layer 0 whose index is \[0\]"),
+     ({0: torch.tensor([10**6])}, "gives slots of layer 0 whose index reaches outside"),
+     ({0: torch.zeros(9, 1).long()}, "gives slots of layer 0 whose index has 9 rows")],
+)  # fmt: skip
+def test_a_broken_trim_is_named(pictured: tuple, what: object, says: str) -> None:
+    engine, inputs = pictured
+    for run in (
+        lambda: engine.generate(inputs, BadTrim(what), max_new_tokens=3),
+        lambda: check_policy(BadTrim, what=what),
+    ):
+        with pytest.raises(zipvl.UsageError, match=r"^BadTrim.trim\(\) of the method " + says):
+            run()
+
+
+class Brings(Policy):
+    def __init__(self, name: str = "scout", what: object = 3):
+        setattr(self, name, what)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "says"),
+    [("scout", H2O, "Brings.scout is <class 'zipvl.policies.h2o.H2O'>: give a Policy that is made"),
+     ("scout", "h2o", "Brings.scout is 'h2o': give a Policy"),
+     ("storage", 4, "Brings.storage is 4: give a KVFormat"),
+     ("plan", 3, r"3\(\) of the method fails with TypeError"),
+     ("step", partial(int, "x"), r"functools.partial\(.*\(\) of the method fails with TypeError")],
+)  # fmt: skip
+def test_what_a_method_brings_must_be_of_use(
+    pictured: tuple, name: str, what: object, says: str
+) -> None:
+    engine, inputs = pictured
+    with pytest.raises(zipvl.UsageError, match=says):
+        engine.generate(inputs, Brings(name, what), max_new_tokens=3)
+    with pytest.raises(zipvl.UsageError, match=says):
+        check_policy(Brings, name=name, what=what)
+
+
+def test_check_policy_wants_a_policy() -> None:
+    with pytest.raises(zipvl.UsageError, match="3 is no method"):
+        check_policy(lambda: 3)
 
 
 def test_what_is_no_methods_fault_passes(pictured: tuple) -> None:

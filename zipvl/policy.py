@@ -144,7 +144,7 @@ class StepView(LayerView):
 
 @dataclass(frozen=True)
 class Plan:
-    """Sorted indices into a view's tokens, or at a decode step its slots; None means all of them.
+    """Sorted int64 indices into a view's tokens, or at a decode step its slots; None: all of them.
 
     start() answers with `stream`, plan() with everything, step() with `attend`, `cache` and
     `precise`.
@@ -164,8 +164,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.fill not in FILLS:
             raise UsageError(f"a Plan's fill is {self.fill!r}: use one of {', '.join(FILLS)}")
-        if self.precise is not None and self.cache is not None and self.cache.ndim == 2:
+        if self.precise is not None and getattr(self.cache, "ndim", 1) == 2:
             raise UsageError("a Plan with `precise` needs a `cache` that all heads share")
+
+
+Trim = Callable[[int, Notes], dict[int, Tensor] | None]
 
 
 class Storage(Protocol):
@@ -183,7 +186,7 @@ class Policy:
     """Dense attention with a full cache; a method overrides what it changes."""
 
     start: Callable[[PromptView], Plan] | None = None
-    trim: Callable[[int, Notes], dict[int, Tensor] | None] | None = None  # for any layer so far
+    trim: Trim | None = None  # for any layer so far
     #   the slots [K] or [G, K] that stay in its cache; the memory of the others is freed
     step: Callable[[StepView], Plan] | None = None
     scout: "Policy | None" = None
@@ -203,23 +206,111 @@ class Policy:
         return Plan()
 
 
+def sound(policy: Any) -> Policy:
+    """`policy`, if it is one and what it brings can be used. Raises UsageError."""
+    if not isinstance(policy, Policy):
+        raise UsageError(
+            f"{shown(policy)} is no method: give an instance of a class of zipvl.Policy"
+        )
+    name = type(policy).__name__
+    if not isinstance(policy.scout, Policy | None):
+        raise UsageError(
+            f"{name}.scout is {shown(policy.scout)}: give a Policy that is made, or None"
+        )
+    if policy.storage is not None and not hasattr(policy.storage, "store"):
+        raise UsageError(f"{name}.storage is {shown(policy.storage)}: give a KVFormat, or None")
+    return policy
+
+
+PARTS = {  # the parts of a Plan that each verb answers with, and their most dimensions
+    PromptView: {"stream": 1},
+    View: {"attend": 1, "cache": 2, "stream": 1, "precise": 1},
+    StepView: {"attend": 2, "cache": 2, "precise": 1},
+}
+
+
 def ask(verb: Callable[[Any], Plan], view: PromptView | View | StepView) -> Plan:
     """What a method's start(), plan() or step() answers. Raises UsageError that names a verb which
-    fails or gives no Plan: the method may be anybody's."""
+    fails, gives no Plan, or a Plan of anything but indices into the view: the method may be
+    anybody's."""
+    plan = call(verb, view)
+    if not isinstance(plan, Plan):
+        raise UsageError(f"{named(verb)} gives {shown(plan)}: return a Plan")
+    heads = len(view.k) if isinstance(view, LayerView) else 0
+    newest = view.due if isinstance(view, StepView) else view.length
+    for part, ndim in PARTS[type(view)].items():
+        if (index := getattr(plan, part)) is None:
+            continue
+        if wrong := fault(index, newest if part == "precise" else view.length, ndim, heads):
+            where = "" if isinstance(view, PromptView) else f" in layer {view.layer}"
+            raise UsageError(f"{named(verb)} gives a Plan{where} whose {part} {wrong}")
+    return plan
+
+
+def ask_trim(verb: Trim, layer: int, notes: Notes,
+             lengths: list[int], heads: int) -> dict[int, Tensor]:  # fmt: skip
+    """What a method's trim() answers behind `layer`, where the caches so far hold `lengths` slots
+    of the sequence for each of `heads`. Raises UsageError as ask() does."""
+    slots = call(verb, layer, notes)
+    if slots is None:
+        return {}
+    if not isinstance(slots, dict):
+        raise UsageError(f"{named(verb)} gives {shown(slots)}: return a dict of slots, or None")
+    for earlier, index in slots.items():
+        if not isinstance(earlier, int) or not 0 <= earlier < len(lengths):
+            raise UsageError(f"{named(verb)} names layer {shown(earlier)}, which has no cache yet")
+        if wrong := fault(index, lengths[earlier], 2, heads):
+            raise UsageError(f"{named(verb)} gives slots of layer {earlier} whose index {wrong}")
+    return slots
+
+
+def call(verb: Callable[..., Any], *given: Any) -> Any:
+    """verb(*given). Raises UsageError that names a verb which fails."""
     try:
-        plan = verb(view)
+        return verb(*given)
     except (ZipvlError, AssertionError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
         if REFUSAL.search(str(e)):  # an allocator's, under another name
             raise
         raise UsageError(
-            f"{verb.__qualname__}() of the method fails with {type(e).__name__} ({e}): "
+            f"{named(verb)} fails with {type(e).__name__} ({e}): "
             "zipvl.testing.check_policy shows why"
         ) from e
-    if not isinstance(plan, Plan):
-        raise UsageError(f"{verb.__qualname__}() of the method gives {plan!r:.60}: return a Plan")
-    return plan
+
+
+def named(verb: Any) -> str:
+    """A partial, or a number where a function should be, has no name: then what it is."""
+    return f"{getattr(verb, '__qualname__', None) or shown(verb)}() of the method"
+
+
+def shown(x: Any) -> str:
+    """The start of its repr, in one line."""
+    return " ".join(repr(x).split())[:60]
+
+
+def fault(index: Any, count: int, ndim: int, heads: int) -> str:
+    """What is wrong with an index [K], or [heads, K] where `ndim` is 2, into `count` tokens; "" if
+    nothing is. On an accelerator its numbers are not read: the processor would wait for them."""
+    if not isinstance(index, Tensor):
+        return f"is {shown(index)}: give a tensor of indices"
+    if index.dtype != torch.int64:
+        return f"has dtype {index.dtype}: give int64, of a bool mask its .nonzero()[:, 0]"
+    if not 1 <= index.ndim <= ndim:
+        return f"has shape {list(index.shape)}: one index per token is needed"
+    if index.ndim == 2 and len(index) != heads:
+        return f"has {len(index)} rows: the key/value heads need {heads}, not one row a query head"
+    if not index.shape[-1]:
+        return "is empty: keep at least one token"
+    if index.device.type != "cpu":
+        return ""
+    if not bool((index.diff(dim=-1) > 0).all()):
+        return "is not sorted or not unique: causality needs order, .sort().values"
+    if int(index[..., 0].min()) < 0 or int(index[..., -1].max()) >= count:
+        return (
+            f"reaches outside the {count} tokens there are: positions are not indices into the view"
+        )
+    return ""
 
 
 def check(valid: bool, message: str) -> None:

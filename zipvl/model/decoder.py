@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..linear import Linear, SwiGLU
-from ..policy import Notes, Plan, Policy, PromptView, ask
+from ..policy import Notes, Plan, Policy, PromptView, Trim, ask, ask_trim
 from .attention import Attention
 from .batch import Batch, join
 from .cache import Cache, store_as
@@ -164,10 +164,12 @@ def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan]) -> tuple
     return x[rows], batch.take(rows, spans)
 
 
-def trim(caches: list[Cache], layer: int, notes: list[Notes],
-         decide: Callable[[int, Notes], dict[int, Tensor] | None]) -> None:  # fmt: skip
+def trim(caches: list[Cache], layer: int, notes: list[Notes], decide: Trim) -> None:
     """Behind `layer`: of the caches so far, those that trim() names hold the slots it names."""
-    slots = [decide(layer, mine) or {} for mine in notes]
+    heads = caches[0].places(0).shape[1]
+    lengths = [[cache.spans.lengths[b] for cache in caches] for b in range(len(notes))]
+    both = zip(notes, lengths, strict=True)
+    slots = [ask_trim(decide, layer, mine, held, heads) for mine, held in both]
     for i in {i for mine in slots for i in mine}:
         caches[i] = caches[i].trim([mine.get(i) for mine in slots])
 

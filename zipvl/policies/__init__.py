@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..policy import Policy
+from ..policy import Policy, sound
 from .fastv import FastV
 from .h2o import H2O
 from .kivi import KIVI
@@ -50,7 +50,7 @@ def load_policy(method: str | Policy | type[Policy], **options: Any) -> Policy:
     if isinstance(method, Policy):
         if chosen:
             raise UsageError(f"{method} is made: give it {', '.join(chosen)} where you make it")
-        return method
+        return sound(method)
     head, cls, tail = find(method)
     given = dict(parse(item, head) for item in tail.split(",") if item) | chosen
     valid = inspect.signature(cls).parameters
@@ -62,11 +62,12 @@ def load_policy(method: str | Policy | type[Policy], **options: Any) -> Policy:
         named = f"{option!r}{FLAGS.get(option, '')}"  # and what the command calls it
         raise UsageError(f"method {head!r} has no option {named}: it takes {listed}{others}")
     try:
-        return cls(**{name: fit(value, valid[name]) for name, value in given.items()})
+        policy = cls(**{name: fit(value, valid[name]) for name, value in given.items()})
     except (TypeError, ValueError) as e:
         raise UsageError(f"method {head!r}: {e}") from None
     except Exception as e:  # a user's own class fails as it likes
         raise UsageError(f"method {head!r} fails when it is made ({type(e).__name__}: {e})") from e
+    return sound(policy)
 
 
 def find(method: str | type[Policy]) -> tuple[str, type[Policy], str]:

@@ -25,7 +25,8 @@ EDGES = ((1, "none"), (1, "all"), (2, "none"), (7, "all"), (7, "none"), (30, "so
 def check_policy(
     make: Callable[..., Policy], /, everything: dict[str, Any] | None = None, **options: Any
 ) -> None:
-    """Raises AssertionError if the method `make(**options)` breaks the contract of policy.py.
+    """Raises AssertionError if the method `make(**options)` breaks the contract of policy.py, or
+    UsageError where what a verb returns is nothing that the engine could use.
 
     make: a Policy class, or any function that builds one. everything: options under which the
     method keeps all tokens everywhere; with them it must equal dense (None: not checked). A

@@ -1,6 +1,7 @@
 """A tiny random decoder in memory, and a policy that watches another one at work on it."""
 
 from dataclasses import dataclass, replace
+from functools import partial, update_wrapper
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from ..model.batch import Batch
 from ..model.cache import Cache
 from ..model.decoder import Decoder
 from ..model.kernels import attend_sdpa
-from ..policy import Notes, Plan, Policy, PromptView, StepView, View
+from ..policy import Notes, Plan, Policy, PromptView, StepView, Trim, View, ask, fault, sound
 
 Prompt = tuple[Tensor, Tensor]  # input ids [T], is_visual [T]
 ROOM = 4  # tokens generated in a run
@@ -94,14 +95,16 @@ class Watch(Policy):
     """Does what another policy does, looks at its answers, and keeps them."""
 
     def __init__(self, policy: Policy):
-        self.policy, self.storage = policy, policy.storage
+        self.policy, self.storage = sound(policy), policy.storage
         self.plans: list[Plan] = []
         self.trims: list[dict[int, Tensor]] = []
         self.steps: list[Plan] = []
         self.started: Plan | None = None
+        if policy.trim is not None:  # under the method's own name, which errors are to say
+            self.trim = update_wrapper(partial(self.note_trim, policy.trim), policy.trim)
 
     def start(self, view: PromptView) -> Plan:
-        plan = self.policy.start(view) if self.policy.start else Plan()
+        plan = ask(self.policy.start, view) if self.policy.start else Plan()
         check_stream("start(): plan.stream", plan.stream, view.length)
         self.started = plan
         return plan
@@ -110,43 +113,31 @@ class Watch(Policy):
         where, before = f"layer {view.layer}", [t.clone() for t in (view.k, view.is_visual)]
 
         def score(rows: Tensor) -> Tensor:
-            check_index(f"{where}: the rows of view.mass()", rows, view.length, ndims=(1,))
+            wrong = fault(rows, view.length, 1, 0)
+            expect(not wrong, f"{where}: the rows of view.mass() {wrong}")
             return view.score(rows)
 
-        plan = self.policy.plan(replace(view, score=score))
+        plan = ask(self.policy.plan, replace(view, score=score))
         expect(
             torch.equal(view.k, before[0]) and torch.equal(view.is_visual, before[1]),
             f"{where}: plan() changed a tensor of the view: work on a .clone()",
         )
-        check_index(f"{where}: plan.attend", plan.attend, view.length, ndims=(1,))
-        check_index(f"{where}: plan.cache", plan.cache, view.length, heads=len(view.k))
-        check_index(f"{where}: plan.precise", plan.precise, view.length, ndims=(1,))
         check_stream(f"{where}: plan.stream", plan.stream, view.length)
         self.plans.append(plan)
         return plan
 
-    def trim(self, layer: int, notes: Notes) -> dict[int, Tensor] | None:
-        slots = (self.policy.trim(layer, notes) if self.policy.trim else None) or {}
-        for earlier, index in slots.items():
-            what = f"layer {layer}: what trim() names of layer {earlier}"
-            expect(0 <= earlier <= layer, f"{what}: that layer has no cache yet")
-            check_index(what, index, notes.prompt)
-        self.trims.append(slots)
+    def note_trim(self, trim: Trim, layer: int, notes: Notes) -> dict[int, Tensor] | None:
+        slots = trim(layer, notes)
+        self.trims.append({} if slots is None else slots)
         return slots
 
     def step(self, view: StepView) -> Plan:
-        where = f"layer {view.layer}, a decode step"
-        plan = self.policy.step(view) if self.policy.step else Plan()
-        heads = len(view.k)
-        check_index(f"{where}: plan.attend", plan.attend, view.length, heads=heads)
-        check_index(f"{where}: plan.cache", plan.cache, view.length, heads=heads)
-        check_index(f"{where}: plan.precise", plan.precise, view.due, ndims=(1,))
+        plan = ask(self.policy.step, view) if self.policy.step else Plan()
         self.steps.append(plan)
         return plan
 
 
 def check_stream(name: str, index: Tensor | None, count: int) -> None:
-    check_index(name, index, count, ndims=(1,))
     expect(
         index is None or int(index[-1]) == count - 1,
         f"{name} drops the prompt's last token, from which the answer starts",
@@ -156,24 +147,3 @@ def check_stream(name: str, index: Tensor | None, count: int) -> None:
 def expect(true: bool, sentence: str) -> None:
     if not true:
         raise AssertionError(sentence)
-
-
-def check_index(name: str, index: Tensor | None, count: int, ndims: tuple[int, ...] = (1, 2),
-                heads: int = 0) -> None:  # fmt: skip
-    """`index` is None, or int64, of one or (per head) two dimensions, sorted, unique, in range."""
-    if index is None:
-        return
-    expect(isinstance(index, Tensor), f"{name}: give a tensor of indices, not {type(index)}")
-    expect(index.dtype == torch.int64, f"{name}: dtype {index.dtype}; a bool mask needs .nonzero()")
-    expect(index.ndim in ndims, f"{name}: shape {list(index.shape)}; one index per token is needed")
-    expect(
-        index.ndim == 1 or len(index) == heads or not heads,
-        f"{name}: {len(index)} rows; key/value heads need {heads}, not one row a query head",
-    )
-    expect(index.shape[-1] > 0, f"{name}: empty; keep at least one token")
-    inside = int(index.min()) >= 0 and int(index.max()) < count
-    expect(
-        inside, f"{name}: reaches outside 0..{count - 1}; positions are not indices into the view"
-    )
-    rising = bool((index.diff(dim=-1) > 0).all())
-    expect(rising, f"{name}: not sorted or not unique; causality needs order: .sort().values")
