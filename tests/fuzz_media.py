@@ -182,7 +182,7 @@ def build_pictures(root: Path) -> None:
         usual.save(root / f"{kind}-many.jpg", kind, save_all=True, append_images=[second] * 3)
     turned = usual.getexif()
     turned[0x112] = 6
-    usual.save(root / "JPEG-turned.jpg", progressive=True, exif=turned)
+    usual.save(root / "JPEG-turned.jpg", "JPEG", progressive=True, exif=turned)
     for how in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "group4"):
         picture = usual.convert("1") if how == "group4" else usual
         picture.save(root / f"TIFF-{how}.jpg", "TIFF", compression=how)

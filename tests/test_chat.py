@@ -666,6 +666,15 @@ def test_bos_follows_the_settings(tmp_path: Path) -> None:
     assert open_chat(tmp_path, config).bos == (1,)
 
 
+def test_a_prompt_without_end(qwen: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the template or the user wrote it."""
+    monkeypatch.setattr("zipvl.model.chat.PROMPT_SIZE", 1000)
+    chat = qwen[0]
+    assert len(chat.encode("a" * 1000))
+    with pytest.raises(UsageError, match="the prompt has 1,001 characters, and 1,000 may be"):
+        chat.encode("a" * 1001)
+
+
 def test_text_that_is_no_unicode(qwen: tuple) -> None:
     chat, _ = qwen
     with pytest.raises(UsageError, match="UTF-8"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,21 @@ def test_the_wheel_holds_everything(tmp_path: Path) -> None:
     inside = zipfile.ZipFile(wheel).namelist()
     assert {name(p) for p in FILES if name(p).startswith("zipvl/")} <= {*inside}
     assert not [n for n in inside if n.split("/")[0] in ("tests", "docs", "lab", "examples")]
+
+
+def test_ceilings_are_where_the_page_says() -> None:
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \| zipvl/(\S+)\.py", page, re.M)
+    assert len(rows) > 15
+    for names, number, home in rows:
+        module = import_module(f"zipvl.{home.replace('/', '.')}")
+        powers = [2 ** int(n) for n in re.findall(r"2\^(\d+)(?!\.)\b", number)]
+        for name in re.findall(r"`(\w+)`", names):
+            value = getattr(module, name)
+            shown = (
+                {f"{value:,}", f"{value:g}", str(value)} if not isinstance(value, tuple) else set()
+            )
+            assert value in powers or any(s in number for s in shown), f"{name} is {value}"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 NO_MEMORY = re.compile(  # what else libraries say when memory ends; threads need it, too
     rf"{REFUSAL.pattern}|MemoryError|bad_alloc|[Cc]annot allocate memory|failed to map segment|"
-    "start new thread|temporarily unavailable"
+    "start new thread|temporarily unavailable|error return without exception set"
 )
 HELP = (
     "/image FILE and /video FILE add media; /clear forgets the talk; "
@@ -269,7 +269,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         if a.verbose:
             raise
-        return fault(e)
+        try:
+            return fault(e)
+        except MemoryError:  # nor is there enough for a sentence about it
+            os.write(2, b"error: out of memory: give the process more\n")
+            return 3
     finally:  # and it is silent while Python takes itself apart
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)

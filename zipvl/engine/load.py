@@ -77,7 +77,8 @@ def pick_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as e:
-        raise UsageError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from None
+        why = str(e).splitlines()[0].partition(". ")[0]
+        raise UsageError(f"device {device!r} cannot be used: {why:.100}") from None
 
 
 def has_matrix_units() -> bool:

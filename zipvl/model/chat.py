@@ -25,6 +25,7 @@ from ..errors import ModelError, OutOfMemory, UsageError
 from .sandbox import TEMPLATE_SOURCE, Meter, Overrun
 from .tokenizer import Detokenizer, bos_ids, load_tokenizer, named_tokens, stop_ids
 
+PROMPT_SIZE = 2**22  # characters of a prompt: tokenising them takes seconds and 200 bytes each
 Part = dict[str, str]  # {"type": "image"} | {"type": "video"} | {"type": "text", "text": ...}
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": [Part, ...]}
 
@@ -123,6 +124,11 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, special tokens in it parsed, no BOS added."""
+        if len(text) > PROMPT_SIZE:
+            raise UsageError(
+                f"the prompt has {len(text):,} characters, and {PROMPT_SIZE:,} may be: shorten it, "
+                "or choose another template if that made it so long"
+            )
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):  # lone surrogates: bytes that were no UTF-8
