@@ -130,6 +130,15 @@ def test_prompt_direct_equals_prepared(
     assert torch.equal(engine.logits("Look.", **media), engine.logits(inputs))
 
 
+def test_faults_of_the_words_are_told_before_media_are_read(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zipvl.engine.engine.read_clip", None)
+    for prompt, words in (("<video> or <video>?", "2 <video> markers"), ("bad \ud800", "Unicode")):
+        with pytest.raises(UsageError, match=words):
+            engine.prepare(prompt, video="film.mp4")
+
+
 def test_media_sources_are_equal(engine: Engine, picture: Image.Image, tmp_path: Path) -> None:
     """A path, a Path in odd letters, a PIL picture, alone or in a list."""
     path = tmp_path / "ein Bild 写真.png"

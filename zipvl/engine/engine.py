@@ -32,6 +32,7 @@ from .inputs import (
     as_list,
     build_inputs,
     conversation,
+    place_media,
     read_clip,
     read_image,
 )
@@ -127,18 +128,20 @@ class Engine:
         plain MP4 and Matroska files only.
         Raises MediaError, UsageError, ModelError.
         """
-        began, messages = time.perf_counter(), conversation(prompt, system)
+        images, videos = as_list(images), as_list(video)
+        messages = place_media(conversation(prompt, system), len(images), len(videos))
+        runs = list(self.chat.tokenize(messages))  # what is wrong with the words is told at once
         if frames == "auto":
             frames = FRAMES if fps is None else None
+        began = time.perf_counter()
         with memory_errors(self.model.device, "reading media", "use fewer --frames"):
-            images = as_list(images)
             pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
             clips = [
                 read_clip(v, self.model, self.progress, frames, fps, start, end, reader)
-                for v in as_list(video)
+                for v in videos
             ]
         read, encode = time.perf_counter() - began, sum(seconds for _, seconds in clips)
-        inputs = build_inputs(self.chat, self.config, messages, pictures, [m for m, _ in clips])
+        inputs = build_inputs(self.config, runs, pictures, [m for m, _ in clips])
         inputs.seconds, inputs.vision_seconds = read - encode, encode
         return inputs
 

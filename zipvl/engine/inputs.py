@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import ModelError, UsageError
-from ..model.chat import Chat
 from ..model.vlm import VLM
 from ..model.weights import Progress
 from ..vision.image import Geometry, crops, fit_frame, open_image
@@ -239,16 +238,15 @@ def split_markers(text: str) -> list[dict]:
     return [{"type": p[1:-1]} if i % 2 else {"type": "text", "text": p} for i, p in pieces if p]
 
 
-def build_inputs(chat: Chat, config: ModelConfig, messages: list[Message], images: list[Media],
+def build_inputs(config: ModelConfig, runs: Iterable[list[int] | str], images: list[Media],
                  videos: list[Media]) -> Inputs:  # fmt: skip
-    """Token ids of the rendered messages with every medium's placeholder ids in its place."""
-    messages = place_media(messages, len(images), len(videos))
+    """Token ids of a prompt: `runs` of ids, and every medium's placeholder ids in its place."""
     left = {"image": iter(images), "video": iter(videos)}
     tokens = {"image": config.image_token, "video": config.video_token}
     ids: list[int] = []
     visual: list[bool] = []
     media: list[Media] = []
-    for run in chat.tokenize(messages):
+    for run in runs:
         if isinstance(run, str):
             medium = next(left[run])
             media.append(medium)
