@@ -87,7 +87,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
             "bfloat16, float32, float16 (default: bfloat16 on CUDA and AMX CPUs, else float32)",
         ),
         ("--attn ATTN", "auto", "auto, sdpa, torch-flash, flash-attn (default auto)"),
-        ("--weights KIND", "full", "packed (same numbers), int8, int4: decode faster on a CPU"),
+        ("--weights KIND", "full", "packed, int8, int4: decode faster on a CPU"),
         ("--compile", False, "torch.compile for prefill; on CUDA graph decoding"),
     ],
     "what to print": [
