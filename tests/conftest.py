@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite: tiny checkpoints, each built once, when first asked for."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread a test process, and its children
@@ -11,6 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
