@@ -49,6 +49,7 @@ ASKED = (
     "the model",
     "the prompt",
     "the vision features",
+    "the attention scores",
     "this model",
 )  # known to who asked, and named for that
 
