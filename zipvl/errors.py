@@ -17,6 +17,12 @@ REFUSAL = re.compile(
 )
 
 
+def printable(text: str, keep: str = "") -> str:
+    """`text` with the control characters, which names of files may hold, as their codes, but those
+    of `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 LONGEST = 2000  # characters of a message
 
 
@@ -29,7 +35,7 @@ class ZipvlError(Exception):
     code = 1
 
     def __init__(self, text: object = "") -> None:
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+        line = printable(str(text))
         half = LONGEST // 2
         super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
 

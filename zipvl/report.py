@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .errors import printable
+
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
     from .engine.inputs import Inputs
@@ -37,8 +39,8 @@ def open_streams() -> None:
 
 
 def plain(text: str) -> str:
-    """`text` with the control characters, which names of files may hold, as their codes."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    """Lines as a terminal shows them: no control character of a name reaches it."""
+    return printable(text, keep="\n")
 
 
 def say(text: str = "") -> None:
