@@ -212,10 +212,10 @@ def prefill(
     layer: torch.nn.Module, x: Tensor, batch: Batch, policy: Policy, room: int | None
 ) -> tuple:
     """One layer: its output, its cache, and what it did."""
-    watch = Recorder(x.device)
+    watch = Recorder(x.device, layer.config)
     store = None if room is None else store_as(policy.storage, room)
-    out, plans, cache = layer.prefill(x, batch, policy, attend_sdpa, store, watch.lap)
-    watch.layer(batch.spans.lengths, plans)
+    out, plans, cache = layer.prefill(x, batch, policy, attend_sdpa, store, watch)
+    watch.layer(batch.spans.lengths, plans, batch.spans.lengths, False)
     return out, cache, watch.counted(Prefilled(out, batch, [cache] if cache else [])).layers[0]
 
 
@@ -366,7 +366,7 @@ def test_chunks_change_nothing_in_a_whole_prefill() -> None:
     policy, runs = load_policy("zipvl:tau=0.8,always=last"), []
     with torch.no_grad():
         for chunk in (None, 13):
-            watch = Recorder(x.device)
+            watch = Recorder(x.device, toy.decoder.config)
             fresh = replace(pack, notes=[Notes(70), Notes(33)])
             out = toy.decoder.prefill(x, fresh, policy, attend_sdpa, 2, chunk, watch)
             runs.append(watch.counted(out))

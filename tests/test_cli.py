@@ -224,7 +224,7 @@ def test_hints_speak_of_the_cache_in_bytes(cli: Cli) -> None:
     seconds = {"prefill_probe": 1.0, "prefill_attend": 1.0}
     for held, said in ((300, 0), (950, 1)):
         layers = [layer | {"kv_bytes": held}] * 2
-        stats = Stats("KIVI(kv_bits=2)", 100, 50, 3, 1, seconds, layers, 2000, 0)
+        stats = Stats("KIVI(kv_bits=2)", 100, 50, 3, 1, seconds, layers, 100, 100, 2000, 0)
         assert len([*zipvl_report.hints(stats)]) == said
         assert sum("drops little" in hint for hint in zipvl_report.hints(stats)) == said
 
@@ -875,7 +875,7 @@ def test_another_programs_handler_stays(cli: Cli) -> None:
 def test_interrupted_statistics(cli: Cli) -> None:
     """--stats tells what was measured before Ctrl-C, in which stage ever it came."""
     for name, there, missing in (
-        ("prefill", ("video",), ("prefill ", "decode ", "layer ")),
+        ("prefill", ("video",), ("prefill  ", "decode ", "layer ")),
         ("decode", ("video", "vision", "prefill", "decode", "kept", "layer"), ()),
     ):
         with cli.patch.context() as patch:
@@ -990,7 +990,7 @@ def test_chat_commands(cli: Cli) -> None:
     assert code == 0
     assert out.count("\n") == 3
     assert "nothing asked yet" in err
-    assert err.count("prefill ") == 1  # one summary
+    assert err.count("prefill  ") == 1  # one summary
     assert err.count("/quit leaves") == 3  # at the start, /help, and /video without a file
     told = [line for line in err.replace("> ", "").splitlines() if "visual tokens" in line[-40:]]
     assert len(told) == 4  # start, /stats, /video, /image: no question repeats it

@@ -91,17 +91,18 @@ def summary(stats: Stats) -> str:
     if not stats.layers:  # Ctrl-C came before
         return "\n".join(lines)
     lines += [
-        f"kept     {stats.ratio:8.1%}     attention work {stats.attention_work:.1%} of dense",
+        f"kept     {stats.ratio:8.1%}     of dense: attention work {stats.attention_work:.1%}, "
+        f"work of the whole prefill {stats.prefill_work:.1%}",
         f"cache    {stats.kv_bytes / mib:8.2f} MiB  {stats.kv_bytes_dense / mib:.2f} MiB if dense",
         f"memory   {stats.peak_memory / mib:8.0f} MiB  peak",
         f"in prefill: {', '.join(f'{name} {value:.3f} s' for name, value in inside.items())}",
-        "layer  kept            tokens     cache KiB",
+        "layer  kept             entered  attended    cached  cache KiB",
     ]
     for i, layer in enumerate(stats.layers):
         bar = "█" * round(10 * layer["ratio"])
         lines.append(
-            f"{i:5}  {bar:<10} {layer['ratio']:4.0%}  {layer['attended']:>6}/{layer['tokens']:<6}"
-            f" {layer['kv_bytes'] / 1024:8.1f}"
+            f"{i:5}  {bar:<10} {layer['ratio']:4.0%}  {layer['tokens']:8}  {layer['attended']:8}"
+            f"  {layer['cached']:8}  {layer['kv_bytes'] / 1024:9.1f}"
         )
     return "\n".join([*lines, *hints(stats)])
 

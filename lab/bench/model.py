@@ -123,12 +123,13 @@ class Model:
 
     def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Counted]:
         """Logits of the last token, and what the prefill left."""
-        batch, recorder = self.batch(len(ids)), Recorder(self.device)
+        batch, recorder = self.batch(len(ids)), Recorder(self.device, self.config)
         x = self.decoder.embed_tokens(ids)
         out = self.decoder.prefill(
-            x, batch, load_policy(method), self.attend, room, CHUNK.get(self.device.type), recorder
-        )
-        return self.logits(out.hidden[-1:]), recorder.counted(out)
+            x, batch, load_policy(method), self.attend, room, CHUNK.get(self.device.type), recorder,
+            ends=True,
+        )  # fmt: skip
+        return self.logits(out.hidden), recorder.counted(out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()

@@ -46,8 +46,8 @@ def continuation(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, Co
     """Mean loss in nats of ids' last TAIL tokens after a prompt of all before them."""
     prompt, tail = ids[:-TAIL], ids[-TAIL:].to(engine.model.device)
     inputs = Inputs(prompt, torch.zeros(len(prompt), dtype=torch.bool), [])
-    out = engine.prefill([inputs], method, 0, {})
-    hidden = torch.cat((out.hidden[-1:], follow(engine, out, tail[:-1], len(prompt))))
+    out = engine.prefill([inputs], method, 0, {}, ends=True)
+    hidden = torch.cat((out.hidden, follow(engine, out, tail[:-1], len(prompt))))
     return float(torch.nn.functional.cross_entropy(engine.model.logits(hidden), tail)), out
 
 

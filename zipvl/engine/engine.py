@@ -19,6 +19,7 @@ from ..errors import DAMAGED, ModelError, UsageError, memory_errors
 from ..model.batch import Batch, join
 from ..model.cache import Cache
 from ..model.chat import Chat
+from ..model.decoder import is_finite
 from ..model.kernels import Attend
 from ..model.vlm import VLM
 from ..model.weights import Progress, silent
@@ -43,6 +44,7 @@ from .stats import (
     LayerStats,
     Recorder,
     Stats,
+    dense_work,
     layer_rows,
     peak_memory,
     restart_peak,
@@ -226,11 +228,12 @@ class Engine:
         room: int | None,
         seconds: dict[str, float],
         notes: list[Notes] | None = None,
+        ends: bool = False,
     ) -> Counted:
         """Encodes media and runs all layers over the packed prompts; adds stage seconds.
 
         `room`: new tokens that the caches must hold, None for no caches. `notes`: one a prompt,
-        None for fresh ones.
+        None for fresh ones. `ends`: the last layer computes each prompt's last token alone.
         """
         model, device, clock = self.model, self.model.device, Clock(self.model.device)
         lengths = [len(i) for i in inputs]
@@ -247,10 +250,10 @@ class Engine:
                 visual = join([i.is_visual.to(device) for i in inputs])
                 notes = notes or [Notes(n, room or 0) for n in lengths]
                 batch = Batch.build(lengths, places, visual, text, model.dtype, notes)
-                recorder = Recorder(device, step)
+                recorder = Recorder(device, text, step)
                 out = model.text.prefill(  # the embeddings are its own, to be let go in layer 0
                     self.embed(inputs, features), batch, policy, self.attend, room, self.chunk,
-                    recorder,
+                    recorder, ends,
                 )  # fmt: skip
             clock.lap("prefill")
         seconds |= clock.pop()
@@ -307,7 +310,7 @@ class Run:
             clock.lap("scout")
         fresh = [i for i in self.inputs if not i.reported]  # preparing is part of the first run
         self.seconds["video"] = sum(i.seconds for i in fresh)
-        out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes)
+        out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes, True)
         self.seconds["vision"] += sum(i.vision_seconds for i in fresh)
         for inputs in fresh:
             inputs.reported = True
@@ -366,17 +369,15 @@ class Run:
             )
 
     def first_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Logits [B, V] of each prompt's last token, checked to be numbers."""
-        ends = batch.spans.edges[1:].long() - 1
-        lengths = torch.tensor([len(i) for i in self.inputs], device=ends.device)
-        if not torch.equal(batch.positions[ends], lengths - 1):
+        """Logits [B, V] of each prompt's last token, `hidden` [B, C], checked to be numbers."""
+        lengths = torch.tensor([len(i) for i in self.inputs], device=hidden.device)
+        if not torch.equal(batch.positions.long(), lengths - 1):
             raise UsageError(
                 "the method dropped the prompt's last token, which makes the first answer token"
             )
-        logits = self.engine.model.logits(hidden[ends])
-        for name, x in (("first logits", logits), ("hidden states", hidden)):
-            if not is_finite(x):  # hidden states of all tokens: none may have been left out blindly
-                raise ModelError(f"the model's {name} {DAMAGED}")
+        logits = self.engine.model.logits(hidden)
+        if not is_finite(logits):
+            raise ModelError(f"the model's first logits {DAMAGED}")
         return logits
 
     def result(self, sequence: int) -> Result:
@@ -399,6 +400,8 @@ class Run:
                 batch=len(self.inputs),
                 seconds=self.seconds | stages,
                 layers=layer_rows(self.layers, sequence, len(inputs)),
+                work=sum(s.work[sequence] for s in self.layers),
+                work_dense=dense_work(text, len(inputs), ends=True),
                 kv_bytes_dense=(len(inputs) + self.room) * text.kv_width * dtype.itemsize,
                 peak_memory=peak_memory(self.engine.model.device),
                 frames=[
@@ -415,8 +418,3 @@ def keep(caches: list[Cache], stay: list[int], room: int | None) -> None:
     one layer at a time, so that little is held twice."""
     for i in range(len(caches)):
         caches[i] = caches[i].drop(stay, room)
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether x holds neither NaN nor infinity, without a tensor of its size."""
-    return bool(torch.isfinite(torch.linalg.vector_norm(x.flatten(), torch.inf)))

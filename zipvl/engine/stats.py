@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ..model.decoder import Observer, Prefilled
+from ..config import TextConfig
+from ..model.attention import Observer
+from ..model.decoder import Prefilled
 from ..policy import Plan
 
 
@@ -52,6 +54,7 @@ class LayerStats:
     cached: list[int]  # tokens whose keys and values stay
     kv_bytes: list[int]  # storage of the sequence's part of the cache, room for new tokens included
     chose: list[bool]  # whether the method said who takes part in attention
+    work: list[int]  # multiply-adds, as layer_work() counts them, and what the method looked at
 
     @property
     def ratio(self) -> float:
@@ -62,21 +65,35 @@ class LayerStats:
 class Recorder(Clock, Observer):
     """The LayerStats of a prefill, as it goes on."""
 
-    def __init__(self, device: torch.device, progress: Callable[[int], object] = lambda n: None):
+    def __init__(self, device: torch.device, config: TextConfig,
+                 progress: Callable[[int], object] = lambda n: None):  # fmt: skip
         """`progress(1)` is called behind each layer."""
         super().__init__(device)
-        self.progress = progress
+        self.config, self.progress = config, progress
         self.layers: list[LayerStats] = []
+        self.looks: dict[int, int] = {}
 
-    def layer(self, lengths: list[int], plans: list[Plan]) -> None:
-        both = list(zip(lengths, plans, strict=True))
+    def looked(self, sequence: int, work: int) -> None:
+        self.looks[sequence] = self.looks.get(sequence, 0) + work
+
+    def layer(self, entered: list[int], plans: list[Plan], left: list[int], ends: bool) -> None:
+        """`pairs` are those of a layer whose every token is wanted, `work` is what was done."""
+        both = list(zip(entered, plans, strict=True))
         attended = [n if p.attend is None else len(p.attend) for n, p in both]
-        rows = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
-        pairs, none = [a * r for a, r in zip(attended, rows, strict=True)], [0] * len(lengths)
+        asking = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
+        work = [
+            layer_work(
+                self.config, n, n if p.cache is not p.attend else a, 1 if ends else r, m,
+                a if ends else a * r / 2,
+            ) + self.looks.get(b, 0)
+            for b, ((n, p), a, r, m) in enumerate(zip(both, attended, asking, left, strict=True))
+        ]  # fmt: skip
+        pairs, none = [a * r for a, r in zip(attended, asking, strict=True)], [0] * len(entered)
         chose = [p.attend is not None for p in plans]
         self.layers.append(
-            LayerStats(list(lengths), attended, pairs, self.pop(), none, none, chose)
+            LayerStats(list(entered), attended, pairs, self.pop(), none, none, chose, work)
         )
+        self.looks = {}
         self.progress(1)
 
     def counted(self, out: Prefilled) -> "Counted":
@@ -93,6 +110,25 @@ class Counted(Prefilled):
     layers: list[LayerStats]
 
 
+def layer_work(config: TextConfig, keys: int, values: int, asking: int, left: int,
+               pairs: float) -> int:  # fmt: skip
+    """Multiply-adds of one layer over one sequence: projections of `keys` and `values`, queries and
+    outputs of the `asking` rows, the MLP of those that `left` the layer, two products for each of
+    the query-key `pairs` (half a square where it is causal). Norms, softmax and RoPE are not
+    counted, nor are the vision tower and the output head."""
+    width, heads = config.hidden_size, config.num_heads * config.head_dim
+    linear = (keys + values) * config.num_kv_heads * config.head_dim + 2 * asking * heads
+    mlp = 3 * left * config.intermediate_size
+    return round(width * (linear + mlp) + 2 * heads * pairs)
+
+
+def dense_work(config: TextConfig, tokens: int, ends: bool) -> int:
+    """The same of all layers in dense attention; `ends`: the last one computes one row alone."""
+    whole = layer_work(config, tokens, tokens, tokens, tokens, tokens**2 / 2)
+    last = layer_work(config, tokens, tokens, 1, 1, tokens) if ends else whole
+    return (config.num_layers - 1) * whole + last
+
+
 @dataclass
 class Stats:
     """One sequence of one run; `seconds` are those of the batch it ran in."""
@@ -104,6 +140,8 @@ class Stats:
     batch: int
     seconds: dict[str, float]  # video, vision, prefill, decode; parts: prefill_probe, ...
     layers: list[dict[str, Any]]  # tokens, attended, cached, ratio, work, chose, kv_bytes
+    work: int  # multiply-adds of the prefill: layers and what the method looked at
+    work_dense: int  # the same under dense attention
     kv_bytes_dense: int  # what the same cache holds under dense attention
     peak_memory: int  # bytes: allocated on CUDA, resident set of the process elsewhere
     frames: list[dict[str, Any]] = field(default_factory=list)  # index and time of each video frame
@@ -123,6 +161,11 @@ class Stats:
         return sum(layer["work"] for layer in self.layers) / max(1, len(self.layers))
 
     @property
+    def prefill_work(self) -> float:
+        """Multiply-adds of the whole prefill over those of dense attention (layer_work)."""
+        return self.work / max(1, self.work_dense)
+
+    @property
     def prefill_rate(self) -> float:
         """Prompt tokens a second, this sequence's share of the batch."""
         return self.prompt_tokens / max(1e-9, self.seconds.get("prefill", math.inf))
@@ -134,7 +177,9 @@ class Stats:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        derived = ("kv_bytes", "ratio", "attention_work", "prefill_rate", "decode_rate")
+        derived = (
+            "kv_bytes", "ratio", "attention_work", "prefill_work", "prefill_rate", "decode_rate",
+        )  # fmt: skip
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 

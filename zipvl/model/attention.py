@@ -37,8 +37,21 @@ from .kernels import Attend, attend_kept, attend_step
 
 Rows = Tensor | slice
 Store = Callable[[list[Kept]], Cache]  # builds a layer's cache of what its sequences keep
-Lap = Callable[[str], None]  # told what the time since the last call went into
 SCORE_BYTES = 64 << 20  # one block of probe rows x heads x tokens in float32
+
+
+class Observer:
+    """Is told how a prefill goes on; engine/stats.py counts seconds, tokens and work with one."""
+
+    def lap(self, stage: str) -> None:
+        """The time since the last call went into `stage`: probe, select, attend or rest."""
+
+    def looked(self, sequence: int, work: int) -> None:
+        """What a policy asked to see of a sequence took so many multiply-adds."""
+
+    def layer(self, entered: list[int], plans: list[Plan], left: list[int], ends: bool) -> None:
+        """A layer is done: how many tokens of each sequence entered and left it, what was planned,
+        and whether the last token of each alone was computed."""
 
 
 class Attention(nn.Module):
@@ -69,23 +82,27 @@ class Attention(nn.Module):
         return out
 
     def prefill(self, x: Tensor, batch: Batch, policy: Policy, kernel: Attend, store: Store | None,
-                lap: Lap) -> tuple[Tensor, list[Plan], Cache | None]:  # fmt: skip
+                watch: Observer, ends: bool = False,
+                ) -> tuple[Tensor, list[Plan], Cache | None]:  # fmt: skip
         """One layer over a packed batch: x [sum T, C] -> attention output [sum T, C], the plans of
-        its sequences, and the cache that `store` builds (None: none is built)."""
+        its sequences, and the cache that `store` builds (None: none is built).
+
+        `ends`: the output of each sequence's last token is wanted and no other, [B, C]."""
         k = self.rotated(self.k_proj, x, batch)  # [sum T, G, D]
-        lap("rest")
+        watch.lap("rest")
         # 1 probe, 2 score and 3 select: the policy looks and plans, a sequence at a time
         plans = []
         for b in range(len(batch.spans)):
-            plans.append(ask(policy.plan, self.view(x, k, batch, b, lap)))
-            lap("select")
+            plans.append(ask(policy.plan, self.view(x, k, batch, b, watch)))
+            watch.lap("select")
         # 4 attend: among the tokens each plan names
         rows, spans = batch.rows([plan.attend for plan in plans])  # [sum K]
         kept_only = store is None or all(plan.cache is plan.attend for plan in plans)
         v = self.heads(self.v_proj(x[rows] if kept_only else x))  # [sum K or sum T, G, D]
-        lap("rest")
-        out = self.attend(x, k, v if kept_only else v[rows], batch, plans, rows, spans, kernel)
-        lap("attend")
+        watch.lap("rest")
+        attend = self.attend_ends if ends else self.attend
+        out = attend(x, k, v if kept_only else v[rows], batch, plans, rows, spans, kernel)
+        watch.lap("attend")
         # 5 compact: what a sequence keeps is copied, so that the prompt's k and v can be let go
         cache = None
         if store is not None:
@@ -95,19 +112,29 @@ class Attention(nn.Module):
                 for plan, at, mine in zip(plans, k_at, v_at, strict=True)
             ]
             cache = store(kept)
-        lap("rest")
+        watch.lap("rest")
         return out, plans, cache
 
-    def view(self, x: Tensor, k: Tensor, batch: Batch, b: int, lap: Lap) -> View:
+    def view(self, x: Tensor, k: Tensor, batch: Batch, b: int, watch: Observer) -> View:
         """What the policy sees of sequence number `b`; scores are computed when it asks."""
         at = batch.spans.slices()[b]
+        T, width = batch.spans.lengths[b], self.q_proj.out_features
 
         def score(rows: Tensor) -> Tensor:
             rows = rows.to(x.device)
             q = self.rotated(self.q_proj, x, batch, rows + at.start)  # 1 probe
             mass = probe_mass(q, k[at], rows)  # 2 score
-            lap("probe")
+            watch.looked(b, len(rows) * width * (x.shape[1] + T))
+            watch.lap("probe")
             return mass
+
+        def project_q() -> Tensor:
+            watch.looked(b, T * x.shape[1] * width)
+            return self.rotated(self.q_proj, x, batch, at).transpose(0, 1)
+
+        def project_v() -> Tensor:
+            watch.looked(b, T * x.shape[1] * self.v_proj.out_features)
+            return self.heads(self.v_proj(x[at])).transpose(0, 1)
 
         return View(
             layer=self.layer,
@@ -116,8 +143,8 @@ class Attention(nn.Module):
             positions=batch.positions[at],
             is_visual=batch.is_visual[at],
             notes=batch.notes[b],
-            project_q=lambda: self.rotated(self.q_proj, x, batch, at).transpose(0, 1),
-            project_v=lambda: self.heads(self.v_proj(x[at])).transpose(0, 1),
+            project_q=project_q,
+            project_v=project_v,
             score=score,
         )
 
@@ -148,6 +175,19 @@ class Attention(nn.Module):
             elif plan.fill == "own":
                 out[at] = everybody[at]
         return out
+
+    def attend_ends(self, x: Tensor, k: Tensor, v: Tensor, batch: Batch, plans: list[Plan],
+                    rows: Rows, spans: Spans, kernel: Attend) -> Tensor:  # fmt: skip
+        """Step 4 for each sequence's last token alone, [B, C]: its row of what attend() gives."""
+        last = asks = batch.spans.ends  # [B]
+        if not isinstance(rows, slice):
+            k, newest = k[rows], rows[spans.ends]  # the last token that is kept, if not `last`
+            own = [plan.fill == "own" for plan in plans]
+            asks = torch.where(torch.tensor(own, device=x.device), last, newest)
+        q = self.rotated(self.q_proj, x, batch, asks)  # [B, H, D]
+        out = self.o_proj(kernel(q, k, v, Spans([1] * len(plans), x.device), spans).flatten(1))
+        nothing = torch.tensor([plan.fill == "zero" for plan in plans], device=x.device)
+        return out.masked_fill((nothing & (asks != last))[:, None], 0)
 
     def decode(self, x: Tensor, batch: Batch, cache: Cache, policy: Policy,
                kernel: Attend) -> Tensor:  # fmt: skip

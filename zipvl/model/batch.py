@@ -32,6 +32,11 @@ class Spans:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def ends(self) -> Tensor:
+        """Where the last token of each sequence lies [B]."""
+        return self.edges[:-1].long() + self.used - 1
+
     def free(self, sequences: Iterable[int] | None = None) -> int:
         """Places that every one of these sequences (None: of all) has left."""
         chosen = range(len(self)) if sequences is None else sequences

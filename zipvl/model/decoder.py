@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
+from ..errors import DAMAGED, ModelError
 from ..linear import Linear, SwiGLU
 from ..policy import Notes, Plan, Policy, PromptView, Trim, ask, ask_trim
-from .attention import Attention
-from .batch import Batch, join
+from .attention import Attention, Observer
+from .batch import Batch, Spans, join
 from .cache import Cache, store_as
 from .kernels import Attend, attend_sdpa
 
@@ -65,16 +66,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Observer:
-    """Is told how a prefill goes on; engine/stats.py counts seconds and tokens with one."""
-
-    def lap(self, stage: str) -> None:
-        """The time since the last call went into `stage`: probe, select, attend or rest."""
-
-    def layer(self, lengths: list[int], plans: list[Plan]) -> None:
-        """A layer is done: how many tokens of each sequence entered it, and what was planned."""
-
-
 @dataclass(frozen=True)
 class Prefilled:
     """What a prefill leaves behind."""
@@ -106,11 +97,12 @@ class Decoder(nn.Module):
 
     def prefill(self, x: Tensor, batch: Batch, policy: Policy, attend: Attend,
                 room: int | None = None, chunk: int | None = None,
-                observer: Observer | None = None) -> Prefilled:  # fmt: skip
+                observer: Observer | None = None, ends: bool = False) -> Prefilled:  # fmt: skip
         """All layers over packed embeddings x [sum T, C].
 
         `room`: new tokens each cache must hold, None for no caches. `chunk`: rows of projections,
-        MLP and norms at a time, so that temporaries do not grow with T; None: all at once.
+        MLP and norms at a time, so that temporaries do not grow with T; None: all at once. `ends`:
+        each sequence's last token is all that is wanted, so the last layer computes no other.
         """
         watch, batch = observer or Observer(), replace(batch, chunk=chunk)
         # 1 what builds the caches, in the form that the method stores them; one for all layers
@@ -122,10 +114,15 @@ class Decoder(nn.Module):
         caches: list[Cache] = []
         for i, block in enumerate(self.blocks()):
             h, entered = chunked(block.input_layernorm, x, chunk), batch.spans.lengths
-            h, plans, cache = block.self_attn.prefill(h, batch, policy, attend, store, watch.lap)
+            alone = ends and i + 1 == len(self.layers)
+            h, plans, cache = block.self_attn.prefill(h, batch, policy, attend, store, watch, alone)
             if any(plan.stream is not None for plan in plans):
                 rows, spans = batch.rows([plan.stream for plan in plans])
-                x, h, batch = x[rows], h[rows], batch.take(rows, spans)
+                x, batch = x[rows], batch.take(rows, spans)
+                h = h if alone else h[rows]
+            if alone:
+                last = batch.spans.ends
+                x, batch = finite(x)[last], batch.take(last, Spans([1] * len(plans), x.device))
             x = x + h
             del h  # as long as the prompt, and so is what comes
             x = chunked(block.feed_forward, x, chunk)
@@ -133,7 +130,7 @@ class Decoder(nn.Module):
             if policy.trim is not None and caches:
                 trim(caches, i, batch.notes, policy.trim)
             watch.lap("rest")
-            watch.layer(entered, plans)
+            watch.layer(entered, plans, batch.spans.lengths, alone)
         return Prefilled(chunked(self.norm, x, chunk), batch, caches)
 
     def decode(self, x: Tensor, positions: Tensor, caches: Sequence[Cache], policy: Policy,
@@ -182,3 +179,16 @@ def chunked(function: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -
     for part, into in zip(x.split(rows), out.split(rows), strict=True):
         into.copy_(function(part))
     return out
+
+
+def finite(x: Tensor) -> Tensor:
+    """x, hidden states of all tokens: a token that is no number may have been left out blindly.
+    Raises ModelError."""
+    if not is_finite(x):
+        raise ModelError(f"the model's hidden states {DAMAGED}")
+    return x
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor infinity, without a tensor of its size."""
+    return bool(torch.isfinite(torch.linalg.vector_norm(x.flatten(), torch.inf)))
