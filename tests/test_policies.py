@@ -33,6 +33,10 @@ CASES = [
     ("zipvl", {"tau": 0.01, "recent": 1, "random": 0, "always": "none"}, None),  # keeps one token
     ("zipvl", {"tau": 0.5, "always": "last", "divisor": "all", "fill": "own"}, None),
     ("zipvl+", {"tau": 0.6, "always": "last"}, {"tau": 1.0}),
+    ("zipvl-stream", {"tau": 0.8, "recent": 8, "random": 8}, {"tau": 1.0}),
+    ("zipvl-stream", {"tau": 0.01, "always": "last", "first": 1}, {"floor": 1.0}),
+    ("zipvl-stream", {"tau": 0.3, "floor": 0.2, "kv_bits": 4}, {"tau": 1.0, "kv_bits": 8}),
+    ("zipvl-stream", {"tau": 0.3, "kv_bits": "4/2"}, None),
     ("fixed", {"ratio": 0.3, "always": "none"}, {"ratio": 1.0}),
     ("random", {"ratio": 0.3}, {"ratio": 1.0}),
     ("fastv", {"after": 1, "ratio": 0.3}, {"ratio": 1.0}),

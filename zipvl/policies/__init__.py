@@ -12,6 +12,7 @@ from .fastv import FastV
 from .h2o import H2O
 from .kivi import KIVI
 from .snapkv import SnapKV
+from .stream import ZipVLStream
 from .streaming import StreamingLLM
 from .zipcache import ZipCache
 from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Policy]] = {
     "dense": Dense,
     "zipvl": ZipVL,
     "zipvl+": ZipVLPlus,
+    "zipvl-stream": ZipVLStream,
     "fixed": Fixed,
     "random": Random,
     "fastv": FastV,
