@@ -36,7 +36,7 @@ CASES = [
     ("zipvl-stream", {"tau": 0.8, "recent": 8, "random": 8}, {"tau": 1.0}),
     ("zipvl-stream", {"tau": 0.01, "always": "last", "first": 1}, {"floor": 1.0}),
     ("zipvl-stream", {"tau": 0.3, "floor": 0.2, "kv_bits": 4}, {"tau": 1.0, "kv_bits": 8}),
-    ("zipvl-stream", {"tau": 0.3, "kv_bits": "4/2"}, None),
+    ("zipvl-stream", {"tau": 0.3, "kv_bits": "4/2", "interval": 2}, None),
     ("fixed", {"ratio": 0.3, "always": "none"}, {"ratio": 1.0}),
     ("random", {"ratio": 0.3}, {"ratio": 1.0}),
     ("fastv", {"after": 1, "ratio": 0.3}, {"ratio": 1.0}),

@@ -19,7 +19,8 @@ EXPERIMENTS: dict[str, tuple[Run, str]] = {
     "tau": (tau.run, "accuracy and kept share against tau"),
     "fixed": (fixed.run, "a fixed ratio against the adaptive one"),
     "layers": (stays.run_layers, "kept tokens by layer and question; correlation with difficulty"),
-    "methods": (methods.run, "every method: accuracy against attention work and cache bytes"),
+    "methods": (methods.run, "every method: accuracy against prefill work and cache bytes"),
+    "text_methods": (methods.run_text, "every method: loss of a text decoder against the same"),
     "always": (stays.run_always, "tokens that always stay; dropped queries or dropped keys?"),
     "fill": (
         stays.run_fill,

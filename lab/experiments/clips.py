@@ -16,7 +16,8 @@ ANSWER, BATCH = 20, 16  # new tokens at most; questions asked at once
 COLUMNS = {
     "frames": "frames", "method": "method", "samples": "questions",
     "accuracy": "accuracy (95 %)", "change": "change from dense (95 %)", "kept": "kept share",
-    "visual": "visual kept", "work": "attention work", "kv_bytes": "cache bytes",
+    "visual": "visual kept", "work": "attention work", "prefill": "prefill work",
+    "kv_bytes": "cache bytes",
 }  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def answer_record(item: Item, out: Result) -> Record:
         "ratios": [layer["ratio"] for layer in layers],
         "visual": [(layer["attended"] - text) / seen for layer in layers],
         "work": out.stats.attention_work,
+        "prefill": out.stats.prefill_work,
         "kv_bytes": out.stats.kv_bytes,
         "prompt": out.stats.prompt_tokens,
     }
@@ -100,6 +102,7 @@ def rows(found: list[Record], *more: str) -> list[Record]:
             "kept": average(some, "ratios"),
             "visual": average(some, "visual"),
             "work": average(some, "work"),
+            "prefill": average(some, "prefill"),
             "kv_bytes": average(some, "kv_bytes"),
             "prompt": average(some, "prompt"),
         })  # fmt: skip

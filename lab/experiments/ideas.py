@@ -32,7 +32,7 @@ class ByHeads(Idea):
         rows = self.probe(view)
         heads = view.mass(rows)  # [H, T]
         score = self.score(view, self.weigh(view, heads), rows)
-        return self.keep(view, score, self.budget(heads.mean(0)))
+        return self.keep(view, score, self.budget(view, heads.mean(0)))
 
     def weigh(self, view: View, heads: Tensor) -> Tensor:
         """[H, T] -> [T]."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zipvl.policies.zipvl import ZipVL
+from zipvl.policies.zipvl import ZipVL, covering
 from zipvl.policy import Plan, Policy, View
 
 from . import draw, stats
@@ -47,7 +47,7 @@ def chosen(view: View, whole: Tensor, method: ZipVL) -> tuple[Tensor, int]:
     mass = whole if len(rows) == view.length else view.mass(rows).mean(0)
     kept = method.plan(replace(view, score=lambda rows: mass[None])).attend
     assert kept is not None
-    return kept, method.budget(mass)
+    return kept, covering(mass, method.tau)
 
 
 class Study(Policy):

@@ -23,13 +23,13 @@ from zipvl.policy import Policy
 from ..raw import rounded, write_json
 from ..records import Record, measured
 
-IDEAS = "ideas.py:"
+OURS = ("ideas.py", "controls.py")
 
 
 def policy(method: str) -> Policy:
-    """load_policy, for which `ideas.py:X` is the file beside this one."""
-    here = str(Path(__file__).with_name("ideas.py"))
-    return load_policy(method.replace(IDEAS, f"{here}:", 1) if method[:9] == IDEAS else method)
+    """load_policy, for which `ideas.py:X` and `controls.py:X` are files beside this one."""
+    file, _, rest = method.partition(":")
+    return load_policy(f"{Path(__file__).with_name(file)}:{rest}" if file in OURS else method)
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from zipvl.engine.engine import Engine
-from zipvl.engine.inputs import Inputs
-from zipvl.engine.stats import Counted, layer_rows
+from zipvl.engine.inputs import Inputs, Media
+from zipvl.engine.stats import Counted, dense_work, layer_rows
 from zipvl.errors import UsageError
 from zipvl.model.batch import Batch, Spans
 from zipvl.policy import Policy
@@ -42,10 +42,17 @@ def windows(engine: Engine, tokens: int, samples: int, seed: int) -> list[Tensor
 
 
 @torch.inference_mode()
-def continuation(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, Counted]:
-    """Mean loss in nats of ids' last TAIL tokens after a prompt of all before them."""
+def continuation(engine: Engine, ids: Tensor, method: Policy,
+                 question: int | None = None) -> tuple[float, Counted]:  # fmt: skip
+    """Mean loss in nats of ids' last TAIL tokens after a prompt of all before them.
+
+    `question`: so many of the prompt's last tokens count as text, which methods keep, those before
+    as the film, of which they may leave out what they like; None: all is text."""
     prompt, tail = ids[:-TAIL], ids[-TAIL:].to(engine.model.device)
-    inputs = Inputs(prompt, torch.zeros(len(prompt), dtype=torch.bool), [])
+    film = 0 if question is None else len(prompt) - question
+    shown = engine.model.text.embed_tokens(prompt[:film].to(tail.device))
+    media = [Media("video", torch.empty(0), None, film, features=shown)]
+    inputs = Inputs(prompt, torch.arange(len(prompt)) < film, media)
     out = engine.prefill([inputs], method, 0, {}, ends=True)
     hidden = torch.cat((out.hidden, follow(engine, out, tail[:-1], len(prompt))))
     return float(torch.nn.functional.cross_entropy(engine.model.logits(hidden), tail)), out
@@ -73,13 +80,14 @@ def follow(engine: Engine, out: Counted, ids: Tensor, start: int) -> Tensor:
     return model.norm(x)
 
 
-def records(job: Job, methods: list[str]) -> list[Record]:
-    """Loss, kept shares and work of every method on every window."""
+def records(job: Job, methods: list[str], question: int | None = None) -> list[Record]:
+    """Loss, kept shares, work and cache of every method on every window."""
     [tokens, *_] = job.tokens
     some = windows(job.engine, tokens, job.samples, job.seed)
+    dense = dense_work(job.engine.config.text, tokens, ends=True)
 
     def measure(ids: Any, method: str) -> list[Record]:
-        loss, out = continuation(job.engine, ids, policy(method))
+        loss, out = continuation(job.engine, ids, policy(method), question)
         rows = layer_rows(out.layers, 0, tokens)
         if not math.isfinite(loss):
             raise UsageError(f"method {method} gives a loss of {loss}")
@@ -88,6 +96,8 @@ def records(job: Job, methods: list[str]) -> list[Record]:
             "ratios": [r["ratio"] for r in rows],
             "work": sum(r["work"] for r in rows) / len(rows),
             "cached": sum(r["cached"] for r in rows) / len(rows) / tokens,
+            "prefill": sum(s.work[0] for s in out.layers) / dense,
+            "kv_bytes": sum(r["kv_bytes"] for r in rows),
         }
         return [record]
 

@@ -1,15 +1,19 @@
 """zipvl-stream: ZipVL's threshold, and what a layer leaves out never comes back. Ours.
 
-Each layer ranks the tokens that are still there as zipvl does (zipvl.py) and finds by `tau` how
-many it needs. The others leave the stream: no later layer projects, attends to or caches them, and
-none runs its MLP on them. So linear layers, attention and cache all shrink with depth, where the
-paper's form leaves the linear layers whole. Positions stay the original ones, probe rows are drawn
-among the tokens that are left, the prompt's text and its last token never leave (`always`).
+Each layer ranks the tokens that are still there as zipvl does (zipvl.py) and finds by its threshold
+how many it needs. The others leave the stream: neither this layer nor a later one attends to them,
+caches them or runs its MLP on them. So linear layers, attention and cache all shrink with depth,
+where the paper's form leaves the linear layers whole. Positions stay the original ones, probe rows
+are drawn among the tokens that are left, the prompt's text and its last token never leave.
 
-Why it harms less (docs/experiments.md): a token that stays behind without its update has a stale
-state, which every later layer reads; one that is gone is missing, no more. Since each layer keeps
-tau of what is left, tau must be higher than the paper's for the same share.
-UniPrefill (arXiv 2605.06221) drops across sublayers up to its next full-attention layer.
+`tau` is the share of attention that is kept through all layers together: each of the L layers that
+choose keeps tau ** (1 / L), so that one number means the same in models of any depth (0.7 is 0.956
+a layer with 8 layers, 0.987 with 28). Half as many probe rows as the paper's draw as well here,
+since every layer chooses among the choice of those before it.
+
+A token that is gone does less harm than one that stays behind without its update: later layers read
+its stale state (docs/experiments.md measures it). UniPrefill (arXiv 2605.06221) drops tokens for
+the layers up to its next full-attention layer.
 """
 
 import math
@@ -17,17 +21,19 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..policy import Plan, View, check, choice
-from .zipvl import ZipVL
+from ..policy import Plan, StepView, View, check, choice
+from .zipvl import ZipVL, covering
 
 
 @dataclass(repr=False)
 class ZipVLStream(ZipVL):
     """As zipvl, and what a layer leaves out is gone for all later layers, MLPs included."""
 
-    tau: float = 0.99
+    tau: float = 0.7  # of all layers together
     first: int = 0  # layers before which nothing leaves
     floor: float = 0.0  # share of the prompt that every layer keeps at least
+    recent: int = field(default=32, kw_only=True)
+    random: int = field(default=32, kw_only=True)
     fill: str = field(default="zero", init=False, repr=False)  # nobody is there to receive it
 
     def __post_init__(self) -> None:
@@ -38,6 +44,9 @@ class ZipVLStream(ZipVL):
 
     def plan(self, view: View) -> Plan:
         return super().plan(view) if view.layer >= self.first else Plan()
+
+    def budget(self, view: View | StepView, mass: Tensor) -> int:
+        return covering(mass, self.tau ** (1 / max(1, view.num_layers - self.first)))
 
     def keep(self, view: View, score: Tensor, p: int) -> Plan:
         plan = super().keep(view, score, max(p, math.ceil(self.floor * view.notes.prompt)))

@@ -72,8 +72,8 @@ class Selection(Policy):
     def keeps_all(self) -> bool:
         return True
 
-    def budget(self, mass: Tensor) -> int:
-        """How many tokens stay, by mass [T]."""
+    def budget(self, view: View | StepView, mass: Tensor) -> int:
+        """How many tokens of the layer stay, by mass [T]."""
         return len(mass)
 
     def plan(self, view: View) -> Plan:
@@ -81,7 +81,7 @@ class Selection(Policy):
             return Plan()
         rows = self.probe(view)
         mass = view.mass(rows).mean(0)  # [T]  Eq. 5, mean over heads
-        p = self.budget(mass)  # Eq. 6
+        p = self.budget(view, mass)  # Eq. 6
         score = self.score(view, mass, rows)  # [T]  Eq. 7
         return self.keep(view, score, p)  # Eq. 8
 
@@ -120,7 +120,7 @@ class Selection(Policy):
         if not view.due or self.keeps_all():
             return Plan()
         mass = view.mass()[:, -view.due :].mean(0)
-        return Plan(precise=mass.topk(self.budget(mass)).indices.sort().values)
+        return Plan(precise=mass.topk(self.budget(view, mass)).indices.sort().values)
 
 
 @dataclass(repr=False)
@@ -139,11 +139,15 @@ class ZipVL(Selection):
     def keeps_all(self) -> bool:
         return self.tau >= 1
 
-    def budget(self, mass: Tensor) -> int:
-        """Eq. 6: the smallest p whose p largest masses reach tau of the total."""
-        exact = torch.float32 if mass.device.type == "mps" else torch.float64  # MPS has no float64
-        largest = mass.to(exact).sort(descending=True).values.cumsum(0)
-        return min(len(mass), int((largest < self.tau * largest[-1]).sum()) + 1)
+    def budget(self, view: View | StepView, mass: Tensor) -> int:
+        return covering(mass, self.tau)
+
+
+def covering(mass: Tensor, tau: float) -> int:
+    """Eq. 6: the smallest p whose p largest masses [T] reach tau of the total."""
+    exact = torch.float32 if mass.device.type == "mps" else torch.float64  # MPS has no float64
+    largest = mass.to(exact).sort(descending=True).values.cumsum(0)
+    return min(len(mass), int((largest < tau * largest[-1]).sum()) + 1)
 
 
 @dataclass(repr=False, kw_only=True)
@@ -182,7 +186,7 @@ class Fixed(Selection):
     def keeps_all(self) -> bool:
         return self.ratio >= 1
 
-    def budget(self, mass: Tensor) -> int:
+    def budget(self, view: View | StepView, mass: Tensor) -> int:
         return max(1, round(self.ratio * len(mass)))
 
     def score(self, view: View, mass: Tensor, rows: Tensor) -> Tensor:
@@ -205,4 +209,4 @@ class Random(Fixed):
         chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
         noise = torch.rand(view.length, generator=chance).to(view.k.device)
         score = noise.masked_fill(self.forced(view), inf)
-        return self.keep(view, score, self.budget(noise))
+        return self.keep(view, score, self.budget(view, noise))

@@ -1,0 +1,60 @@
+"""What a method must beat: tokens that leave by a curve set beforehand, by a rule of one's choice.
+
+python generate.py --method lab/experiments/controls.py:Schedule:kept=1/0.5,by=random -p "Why?"
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, inf
+
+from zipvl.policies.zipvl import Selection
+from zipvl.policy import Plan, View, check, choice
+
+RULES = ("mass", "last", "knorm", "random")
+
+
+@dataclass(repr=False, kw_only=True)
+class Schedule(Selection):
+    """Of the prompt, the shares `kept` go through layers from the first to the last, with slashes
+    (spread evenly over the layers); who leaves is gone for all later layers, as in zipvl-stream.
+
+    by    mass: as zipvl ranks, by probe rows; last: by the last token's attention alone (FastV,
+          PyramidDrop); knorm: keys of large norm leave (arXiv 2406.11430), no probe; random
+    after layers before which the rule is mass, whatever `by` is
+    """
+
+    kept: str = "1/0.5"
+    by: str = "mass"
+    after: int = 0
+    divisor: str = field(default="probes", init=False, repr=False)
+    fill: str = field(default="zero", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.curve = [float(share) for share in str(self.kept).split("/")]
+        check(all(0 < share <= 1 for share in self.curve), f"kept is {self.kept}: give shares")
+        choice("by", self.by, RULES)
+        choice("always", self.always, ("text", "last"))
+        super().__post_init__()
+
+    def plan(self, view: View) -> Plan:
+        share = self.curve[view.layer * len(self.curve) // view.num_layers]
+        p = round(share * view.notes.prompt)
+        if p >= view.length:
+            return Plan()
+        rule = self.by if view.layer >= self.after else "mass"
+        score = self.ranked(view, rule).masked_fill(self.forced(view), inf)
+        plan = self.keep(view, score, max(1, p))
+        return replace(plan, stream=plan.attend)
+
+    def ranked(self, view: View, rule: str) -> Tensor:
+        """The score [T] of every token by a rule."""
+        if rule == "random":
+            chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
+            return torch.rand(view.length, generator=chance).to(view.k.device)
+        if rule == "knorm":
+            return -view.k.norm(dim=-1).mean(0)
+        if rule == "last":
+            return view.mass(torch.tensor([view.length - 1])).mean(0)
+        rows = self.probe(view)
+        return self.score(view, view.mass(rows).mean(0), rows)
