@@ -160,10 +160,15 @@ class Plan:
     #   zero      nothing, the residual passes (the paper)
     #   previous  the output of the nearest earlier token in `attend`
     #   own       their own queries over the keys of `attend` (costs r of dense instead of r^2)
+    summary: int = 0  # of what `cache` leaves out, in order, each run of about so many tokens
+    #   becomes one slot: mean key, mean value, and the logarithm of their number on its score; 0:
+    #   nothing stays of it. Verbs do not see these slots, they stay
 
     def __post_init__(self) -> None:
         if self.fill not in FILLS:
             raise UsageError(f"a Plan's fill is {self.fill!r}: use one of {', '.join(FILLS)}")
+        if not isinstance(self.summary, int) or self.summary < 0:
+            raise UsageError(f"a Plan's summary is {self.summary!r}: give tokens a slot, or 0")
         if self.precise is not None and getattr(self.cache, "ndim", 1) == 2:
             raise UsageError("a Plan with `precise` needs a `cache` that all heads share")
 

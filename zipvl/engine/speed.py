@@ -259,7 +259,8 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Span
     out = []
     for b, (start, places) in enumerate(zip(k_spans.starts, k_spans.capacity, strict=True)):
         at, seen = slice(start, start + places), torch.arange(places, device=q.device)
-        mask = (seen < k_spans.used[b])[None]  # [1, places]
+        mask, bias = (seen < k_spans.used[b])[None], k_spans.bias(b, places, q.dtype)
+        mask = mask if bias is None else torch.where(mask, bias, -torch.inf)
         out.append(sdpa(q[None, b : b + 1], k[None, at], v[None, at], mask)[0])
     return torch.cat(out)
 

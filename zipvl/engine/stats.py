@@ -83,8 +83,8 @@ class Recorder(Clock, Observer):
         asking = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
         work = [
             layer_work(
-                self.config, n, n if p.cache is not p.attend else a, 1 if ends else r, m,
-                a if ends else a * r / 2,
+                self.config, n, n if p.summary or p.cache is not p.attend else a,
+                1 if ends else r, m, a if ends else a * r / 2,
             ) + self.looks.get(b, 0)
             for b, ((n, p), a, r, m) in enumerate(zip(both, attended, asking, left, strict=True))
         ]  # fmt: skip

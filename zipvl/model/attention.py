@@ -33,7 +33,7 @@ from ..linear import Linear
 from ..policy import Plan, Policy, StepView, View, ask
 from .batch import Batch, Rotate, Spans
 from .cache import Cache, Kept
-from .kernels import Attend, attend_kept, attend_step
+from .kernels import Attend, attend_kept, attend_steps
 
 Rows = Tensor | slice
 Store = Callable[[list[Kept]], Cache]  # builds a layer's cache of what its sequences keep
@@ -97,7 +97,9 @@ class Attention(nn.Module):
             watch.lap("select")
         # 4 attend: among the tokens each plan names
         rows, spans = batch.rows([plan.attend for plan in plans])  # [sum K]
-        kept_only = store is None or all(plan.cache is plan.attend for plan in plans)
+        kept_only = store is None or all(
+            plan.cache is plan.attend and not plan.summary for plan in plans
+        )
         v = self.heads(self.v_proj(x[rows] if kept_only else x))  # [sum K or sum T, G, D]
         watch.lap("rest")
         attend = self.attend_ends if ends else self.attend
@@ -202,11 +204,8 @@ class Attention(nn.Module):
         else:
             views = self.step_views(q, k, v, batch, cache)
             plans = [ask(policy.step, view) for view in views]
-            if any(p.attend is not None or w.mass_known for p, w in zip(plans, views, strict=True)):
-                both = zip(views, plans, strict=True)
-                o = torch.stack([attend_step(view, plan.attend) for view, plan in both])
-            else:
-                o = kernel(q, k, v, batch.spans, spans)
+            chosen = attend_steps(views, plans, spans)
+            o = kernel(q, k, v, batch.spans, spans) if chosen is None else chosen
         cache.apply(plans)
         return self.o_proj(o.flatten(1))
 
@@ -224,7 +223,7 @@ class Attention(nn.Module):
                 due=cache.due(b),
                 notes=batch.notes[b],
             )
-            for b, at in enumerate(cache.spans.slices())
+            for b, at in enumerate(cache.spans.own())
         ]
 
 

@@ -5,6 +5,7 @@ Positions are a token's place in the whole prompt. They never come from the leng
 tokens were dropped the two differ, and every later token would be turned by a wrong angle.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -18,10 +19,14 @@ from ..policy import Notes
 class Spans:
     """Where each sequence of a packed batch lies: start and length, as ints and on the device."""
 
-    def __init__(self, lengths: list[int], device: torch.device | str, room: int = 0):
-        """`room` leaves that many unused places after each sequence."""
+    def __init__(self, lengths: list[int], device: torch.device | str, room: int = 0,
+                 merged: list[int] | None = None, weights: list[float] | None = None):  # fmt: skip
+        """`room` leaves that many unused places after each sequence. Of a cache, the first `merged`
+        slots of each sequence are summaries, which stand for `weights` tokens each."""
         self.lengths = list(lengths)
         self.room = room
+        self.merged = merged if merged and any(merged) else None
+        self.weights = weights or [1.0] * len(lengths)
         self.capacity = [n + room for n in lengths]
         ends = torch.tensor([0, *self.capacity]).cumsum(0)
         self.starts: list[int] = ends[:-1].tolist()
@@ -44,6 +49,24 @@ class Spans:
 
     def slices(self) -> list[slice]:
         return [slice(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
+
+    def own(self) -> list[slice]:
+        """slices() without summaries: slots of one token each."""
+        both = zip(self.slices(), self.merged or [0] * len(self), strict=True)
+        return [slice(at.start + m, at.stop) for at, m in both]
+
+    def bias(self, sequence: int, places: int, dtype: torch.dtype) -> Tensor | None:
+        """What its scores over so many places get added, [1, 1, 1, places]; None: nothing."""
+        if self.merged is None:
+            return None
+        out = torch.zeros(1, 1, 1, places, dtype=dtype, device=self.edges.device)
+        out[..., : self.merged[sequence]] = math.log(self.weights[sequence])
+        return out
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """How many summaries sequences have [B], and the edges [B + 1] of what is behind them."""
+        merged = torch.tensor([*(self.merged or []), 0], device=self.edges.device).int()
+        return merged[:-1], self.edges + merged
 
     def grow(self) -> None:
         """Every sequence takes one more of its places."""

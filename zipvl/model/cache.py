@@ -5,7 +5,8 @@
                                                    room for the tokens it will generate
 It is allocated after the layer has selected, at the size it needs, and written in place from then
 on. Each slot remembers the position its token had in the prompt; a new token's position is given by
-the caller and never derived from a cache length.
+the caller and never derived from a cache length. Where a method keeps summaries of what it leaves
+out, they are a sequence's first slots, and stay; what chooses among slots does not see them.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ class Kept:
     v: Tensor  # [K, G, D]
     positions: Tensor  # [K], or [K, G] where heads keep different tokens
     precise: Tensor | None = None  # [m] slots that a mixed storage gives more bits; None: all
+    merged: int = 0  # so many of the first slots are summaries,
+    weight: float = 1.0  # of so many tokens each
 
     @classmethod
     def of(cls, plan: Plan, k: Tensor, v: Tensor, positions: Tensor, chosen: bool) -> "Kept":
@@ -38,7 +41,18 @@ class Kept:
         precise = plan.precise
         if precise is not None and index is not None:
             precise = torch.isin(index, precise).nonzero()[:, 0]
-        return cls(select(k, index), v if chosen else select(v, index), where, precise)
+        kept = cls(select(k, index), v if chosen else select(v, index), where, precise)
+        if index is None or not plan.summary or index.shape[-1] == len(k):
+            return kept
+        return kept.behind(*summaries(k, v, positions, index, plan.summary), len(k))
+
+    def behind(self, k: Tensor, v: Tensor, positions: Tensor, tokens: int) -> "Kept":
+        """The same with summaries k, v [S, G, D] of the others of so many tokens in front."""
+        places = positions if positions.ndim == self.positions.ndim else positions[:, 0]
+        return Kept(
+            torch.cat((k, self.k)), torch.cat((v, self.v)), torch.cat((places, self.positions)),
+            merged=len(k), weight=(tokens - len(self.k)) / len(k),
+        )  # fmt: skip
 
 
 class Cache(Protocol):
@@ -68,7 +82,8 @@ class LayerCache:
     def __init__(self, kept: list[Kept], room: int):
         """One `kept` a sequence; `room` new tokens each."""
         like = kept[0].k
-        self.spans = Spans([len(one.k) for one in kept], like.device, room)
+        lengths, merged = [len(one.k) for one in kept], [one.merged for one in kept]
+        self.spans = Spans(lengths, like.device, room, merged, [one.weight for one in kept])
         shape = (self.spans.total, *like.shape[1:])
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # a graph reads free places
         self.positions = kept[0].positions.new_full(shape[:2], -1)  # [slots, G]
@@ -91,8 +106,8 @@ class LayerCache:
         return self.k, self.v, self.spans
 
     def places(self, sequence: int) -> Tensor:
-        """Positions [n, G] of one sequence's slots."""
-        return self.positions[self.spans.slices()[sequence]]
+        """Positions [n, G] of one sequence's slots, without summaries."""
+        return self.positions[self.spans.own()[sequence]]
 
     def due(self, sequence: int) -> int:
         """How many of the newest slots leave full precision after this step."""
@@ -105,12 +120,12 @@ class LayerCache:
                 self.keep(sequence, plan.cache)
 
     def view(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v [n, G, D] and positions [n, G] of one sequence, no copy."""
+        """k, v [n, G, D] and positions [n, G] of one sequence, summaries first, no copy."""
         at = self.spans.slices()[sequence]
         return self.k[at], self.v[at], self.positions[at]
 
     def keep(self, sequence: int, slots: Tensor) -> None:
-        """Only `slots` [N] or [G, N] of a sequence stay, in that order."""
+        """Only `slots` [N] or [G, N] of a sequence stay, in that order, and its summaries."""
         kept = self.chosen(sequence, slots)
         start, lengths = self.spans.starts[sequence], list(self.spans.lengths)
         self._write(slice(start, start + len(kept.k)), kept)
@@ -118,8 +133,13 @@ class LayerCache:
         self.spans.shrink(lengths)
 
     def chosen(self, sequence: int, slots: Tensor | None) -> Kept:
-        """The tokens in `slots` of a sequence, None: all."""
-        return Kept(*(select(t, slots) for t in self.view(sequence)))
+        """The tokens in `slots` of a sequence, None: all, and its summaries."""
+        m = self.spans.merged[sequence] if self.spans.merged else 0
+        k, v, at = (
+            torch.cat((t[:m], select(t[m:], slots))) if m else select(t, slots)
+            for t in self.view(sequence)
+        )
+        return Kept(k, v, at, merged=m, weight=self.spans.weights[sequence])
 
     def drop(self, keep: list[int], room: int | None = None) -> "LayerCache":
         """The cache of the sequences in `keep`, with `room` for new tokens; None: what is left."""
@@ -154,3 +174,22 @@ def select(x: Tensor, index: Tensor | None) -> Tensor:
         return x[index]
     heads = torch.arange(x.shape[1], device=x.device)
     return x[index.T, heads]  # [K, G, ...]
+
+
+def summaries(k: Tensor, v: Tensor, positions: Tensor, index: Tensor,
+              size: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of the tokens of k, v [T, G, D] that are not in `index` [K] or [G, K]: means of runs of about
+    `size`, in order, [S, G, D] each, and the position [S, G] of each run's last token. Runs of one
+    cache differ by one token at most; means are summed in float32."""
+    T, G = k.shape[:2]
+    out = torch.ones(G, T, dtype=torch.bool, device=k.device)
+    left = out.scatter(1, index.expand(G, -1), False).nonzero()[:, 1].view(G, -1)  # [G, d]
+    d, run = left.shape[1], torch.arange(-(-left.shape[1] // size), device=k.device)
+    sizes = d // len(run) + (run < d % len(run)).long()  # [S]
+    member = run.repeat_interleave(sizes)  # [d]
+    means = []
+    for x in (k, v):
+        total = x.new_zeros(len(run), *x.shape[1:], dtype=torch.float32)
+        total.index_add_(0, member, select(x, left).float())
+        means.append((total / sizes[:, None, None]).to(x.dtype))
+    return means[0], means[1], positions[left.T[sizes.cumsum(0) - 1]]

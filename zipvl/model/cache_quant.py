@@ -236,6 +236,8 @@ class QuantCache:
         """What stays of the prompts, one `kept` a sequence, quantised."""
         stored = []
         for one in kept:
+            if one.merged:
+                raise UsageError("summaries are held in full precision: leave out summary, or bits")
             n = len(one.k)
             sets = form.sets(n, one.precise)
             keys = Column.build(form.keys, one.k, form.count(form.keys, n), sets, room)

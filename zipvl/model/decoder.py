@@ -164,7 +164,7 @@ def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan]) -> tuple
 def trim(caches: list[Cache], layer: int, notes: list[Notes], decide: Trim) -> None:
     """Behind `layer`: of the caches so far, those that trim() names hold the slots it names."""
     heads = caches[0].places(0).shape[1]
-    lengths = [[cache.spans.lengths[b] for cache in caches] for b in range(len(notes))]
+    lengths = [[len(cache.places(b)) for cache in caches] for b in range(len(notes))]
     both = zip(notes, lengths, strict=True)
     slots = [ask_trim(decide, layer, mine, held, heads) for mine, held in both]
     for i in {i for mine in slots for i in mine}:

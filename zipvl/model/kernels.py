@@ -4,10 +4,12 @@
 
 Sequence b owns rows `q_spans[b]` and slots `k_spans[b]`. Causal, aligned at the end, "lower right":
 its last row sees all its slots, the row before sees one less. One row per sequence is decoding, as
-many rows as slots is prefill. The G key/value heads are never repeated to H.
+many rows as slots is prefill. The G key/value heads are never repeated to H. Slots that are
+summaries (Spans.merged) get the logarithm of how many tokens they stand for added to their scores.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
-from ..policy import StepView
+from ..policy import Plan, StepView
 from .batch import Spans
 from .cache import select
 
@@ -26,23 +28,27 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans)
     """PyTorch's scaled_dot_product_attention; runs everywhere. One call for sequences of equal
     lengths, else one each."""
     B = len(q_spans)
+    bias = [k_spans.bias(b, n, q.dtype) for b, n in enumerate(k_spans.lengths)]
     if len(set(q_spans.lengths)) == len(set(k_spans.lengths)) == len(set(k_spans.capacity)) == 1:
         k, v = (t.unflatten(0, (B, -1))[:, : k_spans.lengths[0]] for t in (k, v))
-        return sdpa(q.unflatten(0, (B, -1)), k, v).flatten(0, 1)
-    spans = zip(q_spans.slices(), k_spans.slices(), strict=True)
-    return torch.cat([sdpa(q[None, rows], k[None, at], v[None, at])[0] for rows, at in spans])
+        added = [x for x in bias if x is not None]
+        mask = torch.cat(added) if added else None
+        return sdpa(q.unflatten(0, (B, -1)), k, v, mask).flatten(0, 1)
+    spans = zip(q_spans.slices(), k_spans.slices(), bias, strict=True)
+    return torch.cat([sdpa(q[None, r], k[None, at], v[None, at], b)[0] for r, at, b in spans])
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q [B, rows, H, D], k and v [B, slots, G, D] -> [B, rows, H, D]; a single row may have a
-    `mask`, several are causal."""
+    """q [B, rows, H, D], k and v [B, slots, G, D] -> [B, rows, H, D]; several rows are causal.
+    `mask` [B | 1, 1, 1, slots]: which slots count, or what is added to their scores."""
     rows, H, slots, G = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, G, slots, D] views
     if rows == 1:  # the H/G heads of a key/value head as rows: the cache is read once
         q = q.unflatten(2, (G, -1))[:, 0]  # [B, G, H/G, D]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)[:, None]
-    if rows != slots:  # SDPA's own is_causal aligns at the start
-        mask = torch.ones(rows, slots, dtype=torch.bool, device=q.device).tril(slots - rows)
+    if rows != slots or mask is not None:  # SDPA's own is_causal aligns at the start
+        seen = torch.ones(rows, slots, dtype=torch.bool, device=q.device).tril(slots - rows)
+        mask = seen if mask is None else torch.where(seen, mask, -torch.inf)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=G != H
     )
@@ -51,11 +57,28 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def attend_torch_flash(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
     """FlashAttention-2 as every CUDA build of PyTorch carries it: one varlen call for the batch.
-    Slots are bounded by the capacity, which unlike lengths is the same at every step (a graph)."""
-    return torch.ops.aten._flash_attention_forward(
-        q, k, v, q_spans.edges, k_spans.edges, max(q_spans.lengths), max(k_spans.capacity),
-        0.0, True, False, seqused_k=k_spans.used if k_spans.room else None,
-    )[0]  # fmt: skip
+    Slots are bounded by the capacity, which unlike lengths is the same at every step (a graph).
+    The kernel adds nothing to scores, so summaries are a call of their own."""
+    longest = max(q_spans.lengths), max(k_spans.capacity)
+    flash = partial(torch.ops.aten._flash_attention_forward, q, k, v, q_spans.edges)
+    if k_spans.merged is None:
+        used = k_spans.used if k_spans.room else None
+        return flash(k_spans.edges, *longest, 0.0, True, False, seqused_k=used)[0]
+    merged, behind = k_spans.halves()
+    far, far_mass = flash(k_spans.edges, *longest, 0.0, False, False, seqused_k=merged)[:2]
+    own, own_mass = flash(behind, *longest, 0.0, True, False, seqused_k=k_spans.used - merged)[:2]
+    stand = torch.tensor(k_spans.weights, device=q.device).log()  # [B]
+    rows = torch.tensor(q_spans.lengths, device=q.device)
+    none = (merged == 0).repeat_interleave(rows)  # the kernel's mass of no slots is +inf
+    far_mass = (far_mass + stand.repeat_interleave(rows)).masked_fill(none, -torch.inf)
+    return joined(own, own_mass, far, far_mass)
+
+
+def joined(a: Tensor, a_mass: Tensor, b: Tensor, b_mass: Tensor) -> Tensor:
+    """Attention over two sets of slots from that over each, [rows, H, D], and from the logarithms
+    of their softmax's denominators [H, rows]."""
+    share = torch.sigmoid(b_mass - a_mass).T[..., None]  # of b
+    return torch.lerp(a.float(), b.float(), share).to(a.dtype)
 
 
 def attend_flash_attn(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
@@ -86,6 +109,18 @@ def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512)
         )  # fmt: skip
         out[rows] = o[0].transpose(0, 1) * some[:, None, None]
     return out
+
+
+def attend_steps(views: list[StepView], plans: list[Plan], spans: Spans) -> Tensor | None:
+    """A decode step's outputs [B, H, D] where a plan chooses slots, or masses are known and need
+    not be computed again; None: it is a matter for any kernel. Views do not show summaries."""
+    chosen = any(plan.attend is not None for plan in plans)
+    if chosen and spans.merged:
+        raise UsageError("the method chooses slots of a cache that holds summaries: make none")
+    if not chosen and (spans.merged or not any(view.mass_known for view in views)):
+        return None
+    both = zip(views, plans, strict=True)
+    return torch.stack([attend_step(view, plan.attend) for view, plan in both])
 
 
 def attend_step(view: StepView, slots: Tensor | None) -> Tensor:

@@ -23,13 +23,16 @@ class H2O(Policy):
 
     heavy: int = 512
     recent: int = 512
+    summary: int = 0  # each run of so many others of the prompt stays as one slot, their mean
 
     def __post_init__(self) -> None:
         check(self.heavy >= 0, f"heavy is {self.heavy}: give 0 or more")
         check(self.recent >= 1, f"recent is {self.recent}: give 1 or more")
+        check(self.summary >= 0, f"summary is {self.summary}: give tokens a slot, or 0 for none")
 
     def plan(self, view: View) -> Plan:
-        return Plan(cache=self.best(view.by_group(view.mass()), view.layer, view.notes))
+        kept = self.best(view.by_group(view.mass()), view.layer, view.notes)
+        return Plan(cache=kept, summary=self.summary)
 
     def step(self, view: StepView) -> Plan:
         score = F.pad(view.notes[view.layer], (0, 1)) + view.by_group(view.mass())

@@ -27,6 +27,7 @@ class SnapKV(Policy):
     window: int = 32
     kernel: int = 7
     pool: str = "max"
+    summary: int = 0  # each run of so many others stays as one slot, their mean
 
     def __post_init__(self) -> None:
         budget, window, kernel = self.budget, self.window, self.kernel
@@ -34,6 +35,7 @@ class SnapKV(Policy):
         check(budget >= window, f"budget is {budget}: it must hold the window of {window}")
         check(kernel >= 1 and kernel % 2 == 1, f"kernel is {kernel}: give an odd number of tokens")
         choice("pool", self.pool, tuple(POOLS))
+        check(self.summary >= 0, f"summary is {self.summary}: give tokens a slot, or 0 for none")
 
     def plan(self, view: View) -> Plan:
         if view.length <= self.budget:
@@ -43,4 +45,4 @@ class SnapKV(Policy):
         votes = POOLS[self.pool](votes, self.kernel, 1, self.kernel // 2)
         best = votes.topk(self.budget - self.window).indices.sort().values
         recent = torch.arange(old, view.length, device=best.device).expand(len(best), -1)
-        return Plan(cache=torch.cat((best, recent), dim=1))
+        return Plan(cache=torch.cat((best, recent), dim=1), summary=self.summary)

@@ -52,8 +52,16 @@ class Selection(Policy):
     kv_bits: KVBits = None  # 4: what is kept is stored at 4 bits; 4/2: nothing is dropped, kept
     #   tokens are stored at 4 bits, others at 2
     interval: int | None = 100  # new tokens that are quantised at a time; None without kv_bits
+    summary: int = (
+        0  # each run of so many tokens that leave the cache stays as one slot, their mean
+    )
 
     def __post_init__(self) -> None:
+        check(self.summary >= 0, f"summary is {self.summary}: give tokens a slot, or 0 for none")
+        check(
+            not (self.summary and self.kv_bits),
+            "summary and kv_bits: summaries are held in full precision, give one of the two",
+        )
         check(
             min(self.recent, self.random) >= 0 < self.recent + self.random,
             "recent + random must be 1 probe or more",
@@ -112,7 +120,7 @@ class Selection(Policy):
         kept[score.sort(descending=True, stable=True).indices[:p]] = True
         index = kept.nonzero()[:, 0]
         if self.drops:
-            return Plan(attend=index, cache=index, fill=self.fill)
+            return Plan(attend=index, cache=index, fill=self.fill, summary=self.summary)
         return Plan(attend=index, precise=index, fill=self.fill)
 
     def sort_new(self, view: StepView) -> Plan:

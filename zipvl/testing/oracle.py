@@ -23,6 +23,8 @@ class Oracle:
         self.keys: list[Tensor] = []  # per layer [n, H, D]: all tokens that entered it
         self.values: list[Tensor] = []
         self.held: list[Tensor] = []  # per layer [H, slots]: which of them each head may still see
+        self.merged: list[tuple[Tensor, Tensor, float] | None] = []  # summaries k, v [S, H, D] and
+        #   what their scores get added
 
     def prefill(self, x: Tensor, plans: list[Plan], started: Plan | None = None,
                 trims: list[dict[int, Tensor]] | None = None) -> Tensor:  # fmt: skip
@@ -44,6 +46,7 @@ class Oracle:
             x = self.rest(w, x, fill(o, keep, plan.fill))
             held = torch.arange(n) if plan.cache is None else plan.cache
             self.held.append(self.per_head(held))
+            self.merged.append(self.summarise(k, v, self.held[-1], plan.summary))
             self.keys.append(k)
             self.values.append(v)
             for earlier, slots in (trims[layer] if trims else {}).items():
@@ -65,9 +68,23 @@ class Oracle:
             read = held if plan.attend is None else held.gather(1, self.per_head(plan.attend))
             mask = torch.zeros(heads, 1, n, dtype=torch.bool)
             mask.scatter_(2, read[:, None], True)
-            x = self.rest(w, x, self.attend(q, self.keys[i], self.values[i], mask))
+            x = self.rest(w, x, self.attend(q, self.keys[i], self.values[i], mask, self.merged[i]))
             self.held[i] = held if plan.cache is None else held.gather(1, self.per_head(plan.cache))
         return self.norm(x, self.last)
+
+    def summarise(self, k: Tensor, v: Tensor, held: Tensor,
+                  size: int) -> tuple[Tensor, Tensor, float] | None:  # fmt: skip
+        """Means of runs of the tokens of k, v [n, H, D] that a head does not hold."""
+        gone = [sorted(set(range(len(k))) - set(mine.tolist())) for mine in held]
+        count = math.ceil(len(gone[0]) / size) if size else 0
+        if not count:
+            return None
+        means = []
+        for x in (k, v):
+            heads = [torch.tensor(left).tensor_split(count) for left in gone]
+            rows = [[x[run, h].mean(0) for run in runs] for h, runs in enumerate(heads)]
+            means.append(torch.stack([torch.stack(row) for row in rows], dim=1))
+        return means[0], means[1], math.log(len(gone[0]) / count)
 
     def correct(self, layer: int, k: Tensor, v: Tensor) -> float:
         """The cache is known to hold k, v [n, G, D], by position, for the tokens it holds: takes
@@ -107,10 +124,15 @@ class Oracle:
         y = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat((y.real, y.imag), dim=-1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
+               merged: tuple[Tensor, Tensor, float] | None = None) -> Tensor:  # fmt: skip
         """q [m, H, D], k, v [n, H, D], mask [H, m, n] -> [m, H * D]; a row that sees nothing: 0."""
         scores = torch.einsum("mhd,nhd->hmn", q, k) / math.sqrt(q.shape[-1])
-        probs = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num()
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if merged is not None:  # seen by every row
+            more = torch.einsum("mhd,nhd->hmn", q, merged[0]) / math.sqrt(q.shape[-1]) + merged[2]
+            scores, v = torch.cat((scores, more), dim=2), torch.cat((v, merged[1]))
+        probs = scores.softmax(-1).nan_to_num()
         return torch.einsum("hmn,nhd->mhd", probs, v).flatten(1)
 
     def rest(self, w: dict[str, Tensor], x: Tensor, o: Tensor) -> Tensor:
