@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..command import Parser, count, counts, ended
 from ..eval.tasks import split_methods
-from . import fixed, methods, mlp, niah, probes, stays, tau
+from . import fixed, methods, mlp, niah, probes, stays, summary, tau
 from .runner import Job, policy
 
 Run = Callable[[Job], None]
@@ -20,6 +20,8 @@ EXPERIMENTS: dict[str, tuple[Run, str]] = {
     "fixed": (fixed.run, "a fixed ratio against the adaptive one"),
     "layers": (stays.run_layers, "kept tokens by layer and question; correlation with difficulty"),
     "methods": (methods.run, "every method: accuracy against prefill work and cache bytes"),
+    "summary": (summary.run, "means of what a cache evicts: divergence against bytes"),
+    "text_summary": (summary.run_text, "the same on a text decoder: loss against bytes"),
     "text_methods": (methods.run_text, "every method: loss of a text decoder against the same"),
     "always": (stays.run_always, "tokens that always stay; dropped queries or dropped keys?"),
     "fill": (

@@ -35,6 +35,9 @@ METHODS = (
     *(f"zipvl-quant:tau={t}" for t in (0.7, 0.9, 0.975)),
     *(f"zipvl+:tau={t},kv_bits=4" for t in (0.7, 0.9, 0.975)),
     *(f"{USED}:tau={t},kv_bits=4" for t in (0.5, 0.7)),
+    *(f"{USED}:tau={t},summary=8" for t in (0.1, 0.3, 0.5, 0.7)),
+    *("h2o:heavy=16,recent=16" + more for more in ("", ",summary=8")),
+    *("snapkv:budget=32,window=8" + more for more in ("", ",summary=8")),
     "zipcache",
     "kivi:kv_bits=4",
     "kivi:kv_bits=2",
@@ -97,6 +100,8 @@ def family(row: Record) -> str:
     if name == "controls.py":
         return label(row["method"]) if options.count("/") > 3 else "PyramidDrop's schedule"
     name = name.replace(".py", " (example)")
+    if "summary=" in options:
+        return f"{name}, summaries"
     bits = "kv_bits=4" in options and not name.startswith("kivi")
     return f"{name}, 4 bit" if bits else name
 

@@ -58,6 +58,12 @@ def continuation(engine: Engine, ids: Tensor, method: Policy,
     return float(torch.nn.functional.cross_entropy(engine.model.logits(hidden), tail)), out
 
 
+def loss_after(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, int]:
+    """continuation()'s loss, and the bytes of the cache."""
+    loss, out = continuation(engine, ids, method)
+    return loss, sum(cache.nbytes for cache in out.caches)
+
+
 def follow(engine: Engine, out: Counted, ids: Tensor, start: int) -> Tensor:
     """Hidden states [n, C] of n known tokens that follow a prompt, over the caches it left.
 
@@ -75,7 +81,8 @@ def follow(engine: Engine, out: Counted, ids: Tensor, start: int) -> Tensor:
         k = torch.cat((k[at], layer.rotated(layer.k_proj, h, batch)))
         v = torch.cat((v[at], layer.heads(layer.v_proj(h))))
         q = layer.rotated(layer.q_proj, h, batch)
-        o = engine.attend(q, k, v, batch.spans, Spans([len(k)], k.device))
+        slots = Spans([len(k)], k.device, 0, spans.merged, spans.weights)
+        o = engine.attend(q, k, v, batch.spans, slots)
         x = block.feed_forward(x + layer.o_proj(o.flatten(1)))
     return model.norm(x)
 
