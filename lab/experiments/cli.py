@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..command import Parser, count, counts, ended
 from ..eval.tasks import split_methods
-from . import fixed, methods, mlp, niah, probes, stays, summary, tau
+from . import fixed, methods, niah, probes, stays, summary, tau
 from .runner import Job, policy
 
 Run = Callable[[Job], None]
@@ -32,9 +32,6 @@ EXPERIMENTS: dict[str, tuple[Run, str]] = {
     "niah": (niah.run, "one frame in a long video, against length"),
     "text_probes": (probes.run_text, "probe rows on a text decoder, against length"),
     "text_fixed": (fixed.run_text, "a fixed ratio against the adaptive one on a text decoder"),
-    "mlp": (mlp.run, "tokens left out of attention skip the MLP, too (text decoder)"),
-    "mlp_clips": (mlp.run_clips, "the same: accuracy on clips"),
-    "mlp_speed": (mlp.run_speed, "the same: time of a prefill"),
     "text_tau": (tau.run_text, "loss of a text decoder against tau and attention work"),
 }
 

@@ -4,6 +4,7 @@ prefill and against cache bytes; and controls that any method must beat."""
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,10 +147,8 @@ def run(job: Job) -> None:
     pairs = [{"method": a, "against": b, "change": clips.difference(found, a, b)}
              for a, b in PAIRS if {a, b} <= known]  # fmt: skip
     job.finish(named(table), clips.COLUMNS, frontiers=fronts, pairs=pairs)
-    for n in job.frames:
-        mine = [r for r in table if r["frames"] == n]
-        title = clips.title(job, f"methods side by side, {n} frames")
-        figure(job.out / f"figure{n}.png", mine, "accuracy", "exact answers, % (95 %)", 100, title)
+    lengths = {f"{n} frames": [r for r in table if r["frames"] == n] for n in job.frames}
+    figure(job, lengths, "accuracy", "exact answers, % (95 %)", 100, "methods side by side")
 
 
 def run_text(job: Job) -> None:
@@ -162,9 +161,8 @@ def run_text(job: Job) -> None:
         found += [r for r in text_records(job, more, QUESTION) if r["method"] != "dense"]
     table = loss_table(found)
     job.finish(named(table), COLUMNS, paired=against_paper(found))
-    title = (f"{job.settings()['model']}: {job.samples} windows, {job.tokens[0]} tokens of prompt, "
-             f"loss on the {TAIL} after it")  # fmt: skip
-    figure(job.out / "figure.png", table, "extra", "extra loss, nats a token (95 %)", 1, title)
+    what = f"{job.tokens[0]} tokens of prompt, loss on the {TAIL} after it"
+    figure(job, {what: table}, "extra", "extra loss, nats a token (95 %)", 1, "text, by method")
 
 
 def loss_table(found: list[Record]) -> list[Record]:
@@ -199,26 +197,32 @@ def against_paper(found: list[Record]) -> list[Record]:
     ]  # fmt: skip
 
 
-def figure(path: Path, table: list[Record], measure: str, what: str, scale: float,
+def figure(job: Job, tables: dict[str, list[Record]], measure: str, what: str, scale: float,
            title: str) -> None:  # fmt: skip
-    """Every method: left against the work of the prefill, right against cache bytes."""
+    """Every method, a row of panels for each of `tables`: left against the work of the prefill,
+    right against cache bytes."""
+    with draw.panels(len(tables), 2, 6, 5) as (fig, axes):
+        for both, (name, table) in zip(np.atleast_2d(axes), tables.items(), strict=True):
+            for one, cost in zip(both, ("prefill", "kv_bytes"), strict=True):
+                scatter(one, table, cost, measure, scale)
+            both[0].set(xlabel="work of the whole prefill, % of dense", ylabel=f"{name}: {what}")
+            both[1].set(xlabel="cache bytes, % of dense")
+            both[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        fig.suptitle(f"{title} ({job.settings()['model']} model, {job.samples} samples)")
+        fig.savefig(job.out / "figure.png")
+
+
+def scatter(axes: Any, table: list[Record], cost: str, measure: str, scale: float) -> None:
+    """One measure of every method over its cost, a curve for each family, and the frontier."""
     dense, names = table[0], list(dict.fromkeys(map(family, table)))
-    worth = accuracy if measure == "accuracy" else loss
-    with draw.panels(1, 2, 6, 5) as (fig, both):
-        for axes, cost in zip(both, ("prefill", "kv_bytes"), strict=True):
-            for i, name in enumerate(names):
-                mine = [r for r in table if family(r) == name]
-                x = [100 * r[cost] / dense[cost] for r in mine]
-                style = {"color": "black", "marker": "*", "ms": 9} if name == "dense" else {
-                    "color": f"C{i % 10}", "marker": "os^vD"[i // 10], "alpha": 0.8,
-                    "lw": 2.2 if name == USED else 1}  # fmt: skip
-                draw.curve(axes, x, [r[measure] for r in mine], name, scale, **style)
-            front = frontier(table, cost, worth)
-            axes.plot([100 * r[cost] / dense[cost] for r in front],
-                      [scale * r[measure]["value"] for r in front], "k--", lw=0.8,
-                      label="best at its cost")  # fmt: skip
-        both[0].set(xlabel="work of the whole prefill, % of dense", ylabel=what)
-        both[1].set(xlabel="cache bytes, % of dense")
-        both[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        fig.suptitle(title)
-        fig.savefig(path)
+    for i, name in enumerate(names):
+        mine = [r for r in table if family(r) == name]
+        x = [100 * r[cost] / dense[cost] for r in mine]
+        style = {"color": "black", "marker": "*", "ms": 9} if name == "dense" else {
+            "color": f"C{i % 10}", "marker": "os^vD"[i // 10], "alpha": 0.8,
+            "lw": 2.2 if name == USED else 1}  # fmt: skip
+        draw.curve(axes, x, [r[measure] for r in mine], name, scale, **style)
+    front = frontier(table, cost, accuracy if measure == "accuracy" else loss)
+    axes.plot([100 * r[cost] / dense[cost] for r in front],
+              [scale * r[measure]["value"] for r in front], "k--", lw=0.8,
+              label="best at its cost")  # fmt: skip

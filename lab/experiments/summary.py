@@ -12,6 +12,7 @@ import torch
 
 from zipvl.engine.engine import Result
 from zipvl.engine.inputs import Inputs
+from zipvl.errors import UsageError
 
 from ..eval.tasks import LARGEST, task_items
 from . import clips, draw, stats
@@ -78,7 +79,8 @@ def run(job: Job) -> None:
 
     units = [str(i) for i in range(len(items))]
     found = job.records(units, job.methods or methods(BUDGETS, 8), prepare, measure)
-    found = [r for r in found if r["tokens"] > 1]
+    if not (found := [r for r in found if r["tokens"] > 1]):
+        raise UsageError("no answer has more than its first token: ask more --samples")
     finish(job, found, COLUMNS, "KL from dense, nats", f"{frames} frames")
 
 

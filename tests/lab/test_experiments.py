@@ -16,13 +16,14 @@ from lab import records
 from lab.demo.checkpoint import write_plain, write_weights
 from lab.experiments import (
     clips,
+    controls,
     fixed,
     ideas,
     methods,
-    mlp,
     probe_study,
     stats,
     stays,
+    summary,
     tau,
     text,
 )
@@ -97,7 +98,7 @@ def test_frontier_by_hand() -> None:
     rows = [
         {"cost": c, "accuracy": {"value": a}} for c, a in ((3, 0.9), (1, 0.5), (2, 0.4), (4, 0.9))
     ]
-    assert [r["cost"] for r in methods.frontier(rows, "cost")] == [1, 3]
+    assert [r["cost"] for r in methods.frontier(rows, "cost", methods.accuracy)] == [1, 3]
 
 
 # --- records that outlive an interruption -----------------------------------------------------
@@ -338,85 +339,6 @@ def test_each_length_has_its_own_rivals(
     assert rows[0]["fixed_kept"] != pytest.approx(rows[1]["fixed_kept"], abs=0.01)
 
 
-@torch.inference_mode()
-def test_sparse_mlps(engine: Engine) -> None:
-    """Rows left out of a layer's attention pass its MLP unchanged; afterwards all is as before."""
-    tokens = ids(300, 3)
-    prompt, sparse = (
-        Inputs(tokens, torch.zeros(300, dtype=torch.bool), []),
-        policy("zipvl:tau=0.7,always=last"),
-    )
-    before = engine.prefill([prompt], sparse, None, {}).hidden
-    with mlp.sparse_mlps(engine.model.text, 0.5):  # layer 1 of 2
-        got = engine.prefill([prompt], sparse, None, {}).hidden
-    torch.testing.assert_close(engine.prefill([prompt], sparse, None, {}).hidden, before)
-    inner, kept = [], []
-    blocks = list(engine.model.text.blocks())
-    hooks = [
-        blocks[1].register_forward_pre_hook(lambda *_: None),
-        blocks[1].input_layernorm.register_forward_hook(lambda m, i, o: inner.append(i[0])),
-    ]
-    original = blocks[1].self_attn.prefill
-    blocks[1].self_attn.prefill = lambda *a: kept.append(original(*a)) or kept[-1]
-    engine.prefill([prompt], sparse, None, {})
-    del blocks[1].self_attn.prefill
-    for hook in hooks:
-        hook.remove()
-    out = torch.ones(300, dtype=torch.bool)
-    out[kept[0][1][0].attend] = False
-    assert out.any()
-    torch.testing.assert_close(got[~out], before[~out])
-    # fill=zero: nothing is added to a left-out token in this layer at all
-    torch.testing.assert_close(got[out], engine.model.text.norm(torch.cat(inner)[out]))
-    with mlp.sparse_mlps(engine.model.text, 0.0):
-        dense = engine.prefill([prompt], policy("dense"), None, {}).hidden
-    torch.testing.assert_close(dense, engine.prefill([prompt], policy("dense"), None, {}).hidden)
-
-
-@torch.inference_mode()
-def test_sparse_mlps_of_a_batch_in_parts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each prompt of a batch, in parts of 64 rows, as alone and whole; a token decoded after it."""
-    prompts = [Inputs(ids(n, n), torch.zeros(n, dtype=torch.bool), []) for n in (150, 90, 200)]
-    sparse = policy("zipvl:tau=0.7,always=last,recent=16,random=16")
-    with mlp.sparse_mlps(engine.model.text, 0.0):
-        alone = [engine.prefill([p], sparse, None, {}).hidden for p in prompts]
-        answers = [engine.generate(p, sparse, max_new_tokens=3).tokens for p in prompts]
-        monkeypatch.setattr(engine, "chunk", 64)
-        together = engine.prefill(prompts, sparse, None, {}).hidden
-        assert [r.tokens for r in engine.generate(prompts, sparse, max_new_tokens=3)] == answers
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    plain = engine.prefill(prompts, sparse, None, {}).hidden
-    assert (together - plain).abs().max() > 0.01
-
-
-def test_share_of_mlp_rows_by_hand() -> None:
-    ratios = [0.5, 0.3, 0.2, 0.4]
-    assert mlp.mlp_share(ratios, 1.0) == 1
-    assert mlp.mlp_share(ratios, 0.5) == pytest.approx((2 + 0.2 + 0.4) / 4)
-    assert mlp.mlp_share(ratios, 0.0) == pytest.approx(0.35)
-
-
-def test_speed_on_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp, "SHAPE", "tiny")
-    monkeypatch.setattr(mlp, "LAYERS", 2)
-    job = Job("mlp_speed", tmp_path, samples=2, tokens=(200,), device="cpu")
-    mlp.run_speed(job)
-    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert [r["mlp"] for r in rows if "ratio=0.5" in r["method"]] == pytest.approx([1, 0.75, 0.5])
-    assert all(r["seconds"]["value"] > 0 for r in rows)
-    assert [r["gain"]["value"] for r in rows if r["method"].endswith("dense MLP")] == [1, 1, 1]
-
-
-def test_speed_ups_by_hand() -> None:
-    methods = mlp.everywhere(["a"])
-    seconds = dict(zip(methods, (8.0, 4.0, 2.0, 1.0), strict=True))
-    found = [{"unit": "0", "method": m, "seconds": s, "ratios": [0.5], "mlp": 1.0}
-             for m, s in seconds.items()]  # fmt: skip
-    rows = mlp.speed_rows(found, methods)
-    assert [r["faster"]["value"] for r in rows] == [1, 2, 4, 8]
-    assert [r["gain"]["value"] for r in rows] == [1, 1, 2, 4]
-
-
 def test_halving_by_hand() -> None:
     """Of four questions dense answers all, zipvl two, zipvl+ three: half the loss."""
     right = {"dense": (1, 1, 1, 1), "zipvl:tau=0.9": (0, 0, 1, 1), "zipvl+:tau=0.9": (1, 0, 1, 1),
@@ -434,20 +356,102 @@ def test_halving_by_hand() -> None:
 HALVES = ("paper", "plus", "saved", "over_half")
 
 
+# --- tokens that leave by a curve, summaries ---------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", controls.RULES)
+def test_a_schedule_keeps_the_contract_and_its_curve(rule: str) -> None:
+    check_policy(controls.Schedule, {"kept": "1"}, kept="1/0.5/0.2", by=rule)
+    toy = Toy.build(4, 2)
+    method = controls.Schedule(kept="0.9/0.5/0.2", by=rule, always="last", after=1)
+    got = toy.run(method, [toy.prompt(100, "all")])
+    assert [len(plan.stream) for plan in got.seen.plans] == [90, 50, 20]
+    assert got.prefilled == [[90], [50], [20]]
+    if rule == "last":  # those that the last token looks at most
+        seen = toy.run(
+            controls.Schedule(kept="0.9/0.5/0.2", always="last"), [toy.prompt(100, "all")]
+        )
+        assert torch.equal(seen.seen.plans[0].stream, got.seen.plans[0].stream)  # before `after`
+        assert not torch.equal(seen.seen.plans[1].stream, got.seen.plans[1].stream)
+
+
+def test_a_replayed_curve_costs_what_the_method_costs() -> None:
+    """zipvl-stream's own counts, replayed by mass: the same tokens."""
+    toy = Toy.build(4, 2)
+    ours = policy("zipvl-stream:tau=0.3,recent=8,random=8")
+    got = toy.run(ours, [toy.prompt(150)])
+    curve = [len(plan.stream) / 150 for plan in got.seen.plans]
+    [*_, again, _, _] = [policy(m) for m in methods.controls(curve, 3)]
+    assert again.by == "mass"
+    again.recent = again.random = 8
+    same = toy.run(again, [toy.prompt(150)])
+    for one, other in zip(got.seen.plans, same.seen.plans, strict=True):
+        assert torch.equal(one.stream, other.stream)
+
+
+def test_names_of_curves_are_short() -> None:
+    long = methods.controls([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], 6)
+    assert methods.label(long[0]) == "zipvl-stream's curve, by=random"
+    assert methods.family({"method": long[-1]}) == "zipvl-stream's curve, by=random,after=4"
+    pyramid = "controls.py:Schedule:kept=1/0.5/0.25/0.125,by=last"
+    assert methods.family({"method": pyramid}) == "PyramidDrop's schedule"
+    assert methods.family({"method": "snapkv:budget=9,summary=8"}) == "snapkv, summaries"
+
+
+def test_bytes_that_eviction_alone_needs_by_hand() -> None:
+    """Half way, in log KL, between two budgets."""
+    rows = [{"method": f"snapkv:budget={n}", "cache": n / 10, "kl": {"value": kl}}
+            for n, kl in ((1, 0.4), (3, 0.1), (5, 0.001))]  # fmt: skip
+    merged = {"method": "snapkv:budget=1,summary=8", "cache": 0.15, "kl": {"value": 0.2}}
+    assert summary.evicting(merged, [*rows, merged]) == pytest.approx(0.2)
+    assert summary.evicting(merged | {"kl": {"value": 0.5}}, rows) is None
+    assert summary.evicting(rows[0], rows) is None
+
+
+@torch.inference_mode()
+def test_what_follows_a_prompt_sees_summaries(engine: Engine) -> None:
+    """All at once what decoding does token by token."""
+    tokens, n = ids(120, 5), 6
+    prompt = Inputs(tokens[:-n], torch.zeros(120 - n, dtype=torch.bool), [])
+    method = policy("snapkv:budget=20,window=4,summary=5")
+    out = engine.prefill([prompt], method, 0, {})
+    got = text.follow(engine, out, tokens[-n:], 120 - n)
+    caches = engine.prefill([prompt], method, n, {}).caches
+    for i, token in enumerate(tokens[-n:]):
+        x = engine.model.text.embed_tokens(token[None])
+        at = torch.tensor([120 - n + i])
+        want = engine.model.text.decode(x, at, caches, method, engine.attend)
+        torch.testing.assert_close(got[i : i + 1], want, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_text_prompt_has_a_film_and_a_question(engine: Engine) -> None:
+    """The film's tokens may leave, the question's stay; dense does not care."""
+    tokens = ids(40 + text.TAIL, 6)
+    loss = text.continuation(engine, tokens, policy("dense"))[0]
+    assert text.continuation(engine, tokens, policy("dense"), 10)[0] == pytest.approx(loss)
+    _, out = text.continuation(engine, tokens, policy("zipvl-stream:tau=0.001"), 10)
+    assert out.caches[-1].places(0)[-10:, 0].tolist() == list(range(30, 40))
+    assert len(out.caches[-1].places(0)) < 20
+
+
 # --- the commands -----------------------------------------------------------------------------
 
 FEW = {  # instead of the experiment's own methods
     "fill": "zipvl:tau=0.9,zipvl+:tau=0.9,ideas.py:HeadMax:tau=0.9",
     "methods": "zipvl:tau=0.9,zipvl+:tau=0.9,kv_bits=4,examples/tova.py:TOVA:budget=8",
     "text_tau": "zipvl:always=last,tau=0.8,zipvl+:always=last,tau=0.8",
-    "mlp": "zipvl:always=last,tau=0.9",
-    "mlp_clips": "zipvl:tau=0.9",
-    "mlp_speed": "zipvl:always=last,tau=0.9",
+    "text_methods": "zipvl:tau=0.975,zipvl-stream,controls.py:Schedule:kept=1/0.8/0.6/0.5/0.5,by=last",
+    "summary": "snapkv:budget=4,window=2,snapkv:budget=8,window=2,snapkv:budget=4,window=2,summary=3",
+    "text_summary": "h2o:heavy=8,recent=8,h2o:heavy=2,recent=2,h2o:heavy=2,recent=2,summary=4",
 }
 
 
 def test_every_method_of_the_side_by_side_exists() -> None:
     named = [policy(m) for m in (*methods.METHODS, *methods.EXAMPLES, *stays.FILL_METHODS)]
+    for m in (*methods.TEXT_METHODS, *methods.controls([1.0, 0.5, 0.3], 3),
+              *summary.methods(summary.BUDGETS, 8)):  # fmt: skip
+        policy(m)
     assert {type(load_policy(m)).__name__ for m in METHODS} <= {type(p).__name__ for p in named} | {
         "Dense"
     }
@@ -462,7 +466,7 @@ def test_commands_run(
     capsys: pytest.CaptureFixture,
 ) -> None:
     """And, of each kind of data, the same seed gives the same JSON."""
-    monkeypatch.setattr(clips, "ANSWER", 1)
+    monkeypatch.setattr(clips, "ANSWER", 3 if name == "summary" else 1)
     args = [
         name,
         "-m",
