@@ -120,10 +120,12 @@ def hints(stats: Stats) -> Iterator[str]:
         )
     parts = ("probe", "select", "attend")
     probe, select, attend = (stats.seconds.get(f"prefill_{part}", 0.0) for part in parts)
-    cost, saved = probe + select, attend / max(stats.attention_work, 1e-9) - attend
-    if chose and cost > saved:
+    rest, whole = stats.seconds.get("prefill_rest", 0.0), stats.prompt_tokens * len(stats.layers)
+    entered = sum(layer["tokens"] for layer in stats.layers) / max(1, whole)
+    saved = attend / max(stats.attention_work, 1e-9) - attend + rest / max(entered, 1e-9) - rest
+    if chose and (cost := probe + select) > saved:
         yield (
-            f"hint: choosing tokens took {cost:.3f} s and saved about {saved:.3f} s of attention: "
+            f"hint: choosing tokens took {cost:.3f} s and saved about {saved:.3f} s: "
             "prompts of this length are faster with --dense"
         )
     if stats.kv_bytes > 0.9 * stats.kv_bytes_dense:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..command import Parser, count, counts, ended
 from ..eval.tasks import split_methods
-from . import fixed, methods, niah, probes, stays, summary, tau
+from . import fixed, methods, niah, probes, stale, stays, summary, tau
 from .runner import Job, policy
 
 Run = Callable[[Job], None]
@@ -20,6 +20,7 @@ EXPERIMENTS: dict[str, tuple[Run, str]] = {
     "fixed": (fixed.run, "a fixed ratio against the adaptive one"),
     "layers": (stays.run_layers, "kept tokens by layer and question; correlation with difficulty"),
     "methods": (methods.run, "every method: accuracy against prefill work and cache bytes"),
+    "stale": (stale.run, "text: tokens that are gone against tokens that stay without an update"),
     "summary": (summary.run, "means of what a cache evicts: divergence against bytes"),
     "text_summary": (summary.run_text, "the same on a text decoder: loss against bytes"),
     "text_methods": (methods.run_text, "every method: loss of a text decoder against the same"),

@@ -55,7 +55,7 @@ def divergence(job: Job, inputs: Inputs, answer: list[int], method: str) -> tupl
     held, known = sum(cache.nbytes for cache in out.caches), torch.tensor(answer[:-1]).long()
     if not len(known):
         return torch.empty(0, job.engine.config.text.vocab_size), held
-    hidden = follow(job.engine, out, known.to(out.hidden.device), len(inputs))
+    hidden = follow(job.engine, out.caches, known.to(out.hidden.device), len(inputs))
     return job.engine.model.logits(hidden).log_softmax(-1), held
 
 

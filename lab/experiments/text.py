@@ -20,6 +20,7 @@ from zipvl.engine.inputs import Inputs, Media
 from zipvl.engine.stats import Counted, dense_work, layer_rows
 from zipvl.errors import UsageError
 from zipvl.model.batch import Batch, Spans
+from zipvl.model.cache import Cache
 from zipvl.policy import Policy
 
 from .runner import Job, Record, policy
@@ -54,7 +55,7 @@ def continuation(engine: Engine, ids: Tensor, method: Policy,
     media = [Media("video", torch.empty(0), None, film, features=shown)]
     inputs = Inputs(prompt, torch.arange(len(prompt)) < film, media)
     out = engine.prefill([inputs], method, 0, {}, ends=True)
-    hidden = torch.cat((out.hidden, follow(engine, out, tail[:-1], len(prompt))))
+    hidden = torch.cat((out.hidden, follow(engine, out.caches, tail[:-1], len(prompt))))
     return float(torch.nn.functional.cross_entropy(engine.model.logits(hidden), tail)), out
 
 
@@ -64,7 +65,7 @@ def loss_after(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, int]
     return loss, sum(cache.nbytes for cache in out.caches)
 
 
-def follow(engine: Engine, out: Counted, ids: Tensor, start: int) -> Tensor:
+def follow(engine: Engine, caches: list[Cache], ids: Tensor, start: int) -> Tensor:
     """Hidden states [n, C] of n known tokens that follow a prompt, over the caches it left.
 
     All at once what decoding does token by token (for methods that evict nothing meanwhile).
@@ -74,7 +75,7 @@ def follow(engine: Engine, out: Counted, ids: Tensor, start: int) -> Tensor:
     x = model.embed_tokens(ids)
     text = torch.zeros_like(positions, dtype=torch.bool)
     batch = Batch.build([n], positions, text, model.config, x.dtype)
-    for block, cache in zip(model.blocks(), out.caches, strict=True):
+    for block, cache in zip(model.blocks(), caches, strict=True):
         layer, h = block.self_attn, block.input_layernorm(x)
         k, v, spans = cache.read()
         [at] = spans.slices()

@@ -21,6 +21,7 @@ from lab.experiments import (
     ideas,
     methods,
     probe_study,
+    stale,
     stats,
     stays,
     summary,
@@ -240,7 +241,7 @@ def test_following_at_once_is_decoding_token_by_token(engine: Engine) -> None:
     prompt = Inputs(tokens[:-n], torch.zeros(300 - n, dtype=torch.bool), [])
     out = engine.prefill([prompt], sparse, 0, {})
     assert out.layers[0].attended[0] < 300 - n
-    got = text.follow(engine, out, tokens[-n:], 300 - n)
+    got = text.follow(engine, out.caches, tokens[-n:], 300 - n)
     steps = engine.prefill([prompt], sparse, n, {})
     want = [
         model.text.decode(model.text.embed_tokens(tokens[i : i + 1]), torch.tensor([i]), steps.caches,
@@ -389,6 +390,15 @@ def test_a_replayed_curve_costs_what_the_method_costs() -> None:
         assert torch.equal(one.stream, other.stream)
 
 
+@torch.inference_mode()
+def test_tokens_that_are_gone_are_zipvl_stream(engine: Engine) -> None:
+    """The reference that carries all tokens along, on a window with a question and without."""
+    [one] = stale.losses(engine, ids(400 + text.TAIL, 7), "zipvl-stream:tau=0.3,recent=9,random=9")
+    assert one["gone"] == pytest.approx(one["ours"], abs=1e-4)
+    assert 0.5 < one["left"] < 0.9
+    assert len({round(one[fate], 4) for fate in stale.FATES}) == len(stale.FATES)
+
+
 def test_names_of_curves_are_short() -> None:
     long = methods.controls([1.0, 0.9, 0.8, 0.7, 0.6, 0.5], 6)
     assert methods.label(long[0]) == "zipvl-stream's curve, by=random"
@@ -415,7 +425,7 @@ def test_what_follows_a_prompt_sees_summaries(engine: Engine) -> None:
     prompt = Inputs(tokens[:-n], torch.zeros(120 - n, dtype=torch.bool), [])
     method = policy("snapkv:budget=20,window=4,summary=5")
     out = engine.prefill([prompt], method, 0, {})
-    got = text.follow(engine, out, tokens[-n:], 120 - n)
+    got = text.follow(engine, out.caches, tokens[-n:], 120 - n)
     caches = engine.prefill([prompt], method, n, {}).caches
     for i, token in enumerate(tokens[-n:]):
         x = engine.model.text.embed_tokens(token[None])
@@ -440,6 +450,7 @@ def test_a_text_prompt_has_a_film_and_a_question(engine: Engine) -> None:
 FEW = {  # instead of the experiment's own methods
     "fill": "zipvl:tau=0.9,zipvl+:tau=0.9,ideas.py:HeadMax:tau=0.9",
     "methods": "zipvl:tau=0.9,zipvl+:tau=0.9,kv_bits=4,examples/tova.py:TOVA:budget=8",
+    "stale": "zipvl-stream:tau=0.5",
     "text_tau": "zipvl:always=last,tau=0.8,zipvl+:always=last,tau=0.8",
     "text_methods": "zipvl:tau=0.975,zipvl-stream,controls.py:Schedule:kept=1/0.8/0.6/0.5/0.5,by=last",
     "summary": "snapkv:budget=4,window=2,snapkv:budget=8,window=2,snapkv:budget=4,window=2,summary=3",
