@@ -220,7 +220,14 @@ def test_hints_are_true_of_methods_that_leave_attention_alone(cli: Cli, method: 
 
 def test_hints_speak_of_the_cache_in_bytes(cli: Cli) -> None:
     """All tokens at 2 bits, as kivi holds them, are no method that drops little."""
-    layer = {"chose": False, "tokens": 100, "ratio": 1.0, "work": 1.0, "cached": 100, "kv_bytes": 300}
+    layer = {
+        "chose": False,
+        "tokens": 100,
+        "ratio": 1.0,
+        "work": 1.0,
+        "cached": 100,
+        "kv_bytes": 300,
+    }
     seconds = {"prefill_probe": 1.0, "prefill_attend": 1.0}
     for held, said in ((300, 0), (950, 1)):
         layers = [layer | {"kv_bytes": held}] * 2

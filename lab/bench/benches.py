@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from zipvl.config import TextConfig
 from zipvl.engine.engine import Step
 from zipvl.engine.speed import GraphStep, StaticStep
-from zipvl.engine.stats import Counted
+from zipvl.engine.stats import Counted, dense_work
 from zipvl.linear import Linear
 
 from .model import Model
@@ -39,7 +40,7 @@ def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
             runs["transformers"] = partial(rival_prefill, rival, ids)
         seconds = interleaved(model.device, args.clock, runs, args.repeats)
         for name, values in seconds.items():
-            details = prefill_details(last[name]) if name in last else {}
+            details = prefill_details(last[name], model.config) if name in last else {}
             rows.append({
                 "bench": "prefill", "tokens": tokens, "batch": 1, "run": name, "seconds": values,
                 "tokens_per_second": tokens / statistics.median(values),
@@ -74,8 +75,9 @@ def our_prefill(model: Model, ids: Tensor, method: str, last: dict,
     return work
 
 
-def prefill_details(out: Counted) -> Row:
-    """Shares of the last run by stage, kept ratio, attention work, bytes of the cache."""
+def prefill_details(out: Counted, config: TextConfig) -> Row:
+    """Shares of the last run by stage, kept ratio, attention work, work of the whole prefill, bytes
+    of the cache."""
     stages: dict[str, float] = {}
     for layer in out.layers:
         for stage, value in layer.seconds.items():
@@ -86,6 +88,8 @@ def prefill_details(out: Counted) -> Row:
         "share": {stage: value / total for stage, value in stages.items()},
         "ratio": statistics.mean(layer.ratio for layer in out.layers),
         "work": statistics.mean(layer.pairs[0] / tokens**2 for layer in out.layers),
+        "prefill_work": sum(layer.work[0] for layer in out.layers)
+        / dense_work(config, tokens, True),
         "kv_bytes": sum(cache.nbytes for cache in out.caches),
     }
 
