@@ -201,13 +201,14 @@ def figure(job: Job, tables: dict[str, list[Record]], measure: str, what: str, s
            title: str) -> None:  # fmt: skip
     """Every method, a row of panels for each of `tables`: left against the work of the prefill,
     right against cache bytes."""
-    with draw.panels(len(tables), 2, 6, 5) as (fig, axes):
+    with draw.panels(len(tables), 2, 5.6, 4.2) as (fig, axes):
         for both, (name, table) in zip(np.atleast_2d(axes), tables.items(), strict=True):
             for one, cost in zip(both, ("prefill", "kv_bytes"), strict=True):
                 scatter(one, table, cost, measure, scale)
-            both[0].set(xlabel="work of the whole prefill, % of dense", ylabel=f"{name}: {what}")
-            both[1].set(xlabel="cache bytes, % of dense")
-            both[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+            both[0].set(xlabel="work of the whole prefill, % of dense", ylabel=what, title=name)
+            both[1].set(xlabel="cache bytes, % of dense", title=name)
+        named = both[1].get_legend_handles_labels()  # one legend for all rows
+        fig.legend(*named, loc="outside right center", fontsize=7.5)
         fig.suptitle(f"{title} ({job.settings()['model']} model, {job.samples} samples)")
         fig.savefig(job.out / "figure.png")
 
