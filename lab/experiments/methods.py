@@ -63,7 +63,7 @@ RULES = ("random", "knorm", "last", "mass")  # who leaves, by the recommended se
 QUESTION = 256  # of a text prompt, the last tokens that stay
 
 PAIRS = (  # at nearly the same cost, or the same bits
-    (USED, "zipvl"), (USED, "zipvl+:tau=0.9"), (f"{USED}:tau=0.5", "zipvl+:tau=0.7"),
+    (USED, "zipvl:tau=0.975"), (USED, "zipvl+:tau=0.9"), (f"{USED}:tau=0.5", "zipvl+:tau=0.7"),
     ("zipvl:tau=0.7", "random:ratio=0.35"), ("zipvl:tau=0.9", "random:ratio=0.6"),
     ("zipvl+:tau=0.7", "zipvl:tau=0.7"), ("zipvl+:tau=0.9", "fixed:ratio=0.6"),
     ("zipvl+:tau=0.9", "fastv:ratio=0.5"), ("snapkv:budget=64", "streaming:sinks=4,window=60"),

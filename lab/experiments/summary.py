@@ -121,7 +121,7 @@ def finish(job: Job, found: list[Record], columns: dict[str, str], what: str, wh
                 draw.curve(one, x, [r["kl"] for r in points], curve.removeprefix(f"{name}, "))
             one.set(title=name, xlabel="cache, % of dense", ylabel=f"{what} (95 %)", ylim=(0, None))
             one.legend()
-        fig.suptitle(f"{job.settings()['model']} model, {where}, {job.samples} prompts")
+        fig.suptitle(f"{job.settings()['model']} model, {where}, {table[0]['samples']} prompts")
         fig.savefig(job.out / "figure.png")
 
 
