@@ -27,7 +27,7 @@ from .zipvl import ZipVL, covering
 
 @dataclass(repr=False)
 class ZipVLStream(ZipVL):
-    """As zipvl, and what a layer leaves out is gone for all later layers, MLPs included."""
+    """Recommended: as zipvl, and what a layer leaves out is gone for all later ones, MLPs too."""
 
     tau: float = 0.7  # of all layers together
     first: int = 0  # layers before which nothing leaves
