@@ -74,7 +74,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("--method NAME", str, "zipvl (default), dense, ...; my_file.py:Class; NAME:option=value"),
         ("--list-methods", False, "the names of the methods, a line each"),
         ("--dense", False, "same as --method dense"),
-        ("--tau TAU", float, "share of attention kept (zipvl 0.975, zipvl-stream 0.7)"),
+        ("--tau TAU", float, "share of attention kept (zipvl; default 0.975)"),
         ("--keep-ratio R", float, "share of tokens kept (methods with a ratio)"),
         ("--probe R+R", str, "probe rows, recent+random (zipvl; default 64+64)"),
         ("--kv-bits B", str, "cache bits: 4; or 4/2: all stay, some at 2 (zipvl)"),
