@@ -96,7 +96,7 @@ def run_text(job: Job) -> None:
         loss, held = text_loss(job.engine, ids, policy(method))
         return [{"kl": loss - dense, "cache": held / most}]
 
-    chosen = job.methods or [m for m in methods(TEXT_BUDGETS, 32) if m[:6] != "zipvl-"]
+    chosen = job.methods or [m for m in methods(TEXT_BUDGETS, 32) if not m.startswith("zipvl")]
     found = job.records(map(str, range(job.samples)), chosen, prepare, measure)
     finish(job, found, TEXT_COLUMNS, "extra loss, nats", f"{job.tokens[0]} tokens")
 

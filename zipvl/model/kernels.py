@@ -83,8 +83,8 @@ def joined(a: Tensor, a_mass: Tensor, b: Tensor, b_mass: Tensor) -> Tensor:
 
 def attend_flash_attn(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
     """The flash-attn package. Its varlen function knows no unused places, so a cache with room goes
-    to the same kernel in PyTorch."""
-    if k_spans.room:
+    to the same kernel in PyTorch; so does one with summaries."""
+    if k_spans.room or k_spans.merged:
         return attend_torch_flash(q, k, v, q_spans, k_spans)
     function = import_module("flash_attn").flash_attn_varlen_func
     longest = max(q_spans.lengths), max(k_spans.lengths)
