@@ -134,7 +134,9 @@ def evicting(row: Record, table: list[Record]) -> float | None:
     plain = sorted((r for r in table if kind(r["method"]) == name), key=lambda r: r["cache"])
     worth = [np.log(max(1e-6, r["kl"]["value"])) for r in plain]
     aim = np.log(max(1e-6, row["kl"]["value"]))
-    for (a, b), (r, s) in zip(zip(worth, worth[1:]), zip(plain, plain[1:]), strict=True):  # noqa: B905, RUF007
-        if a >= aim >= b:
-            return float(r["cache"] + (s["cache"] - r["cache"]) * (a - aim) / max(1e-9, a - b))
+    for i in range(len(plain) - 1):
+        if worth[i] >= aim >= worth[i + 1]:
+            share = (worth[i] - aim) / max(1e-9, worth[i] - worth[i + 1])
+            less, more = plain[i]["cache"], plain[i + 1]["cache"]
+            return float(less + share * (more - less))
     return None
