@@ -46,7 +46,8 @@ def formula(
     Hidden states: the embeddings, the residual stream, and a layer's normed input or new output.
     Attention: the keys of all tokens; queries, outputs and values of kept ones, and their keys
     again, contiguous; the projected output of all tokens. Or, where it is more, the scores of probe
-    rows, twice, and what the softmax adds up.
+    rows, twice, and what the softmax adds up. The peak is a little lower: in the last layer, whose
+    cache is the last to come, one row is computed.
     """
     c, kv = config, config.num_kv_heads * config.head_dim
     q = c.num_heads * c.head_dim
