@@ -183,7 +183,9 @@ def summaries(k: Tensor, v: Tensor, positions: Tensor, index: Tensor,
     cache differ by one token at most; means are summed in float32."""
     T, G = k.shape[:2]
     out = torch.ones(G, T, dtype=torch.bool, device=k.device)
-    left = out.scatter(1, index.expand(G, -1), False).nonzero()[:, 1].view(G, -1)  # [G, d]
+    left = (
+        out.scatter(1, index.to(k.device).expand(G, -1), False).nonzero()[:, 1].view(G, -1)
+    )  # [G, d]
     d, run = left.shape[1], torch.arange(-(-left.shape[1] // size), device=k.device)
     sizes = d // len(run) + (run < d % len(run)).long()  # [S]
     member = run.repeat_interleave(sizes)  # [d]
