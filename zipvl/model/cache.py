@@ -182,10 +182,9 @@ def summaries(k: Tensor, v: Tensor, positions: Tensor, index: Tensor,
     `size`, in order, [S, G, D] each, and the position [S, G] of each run's last token. Runs of one
     cache differ by one token at most; means are summed in float32."""
     T, G = k.shape[:2]
-    out = torch.ones(G, T, dtype=torch.bool, device=k.device)
-    left = (
-        out.scatter(1, index.to(k.device).expand(G, -1), False).nonzero()[:, 1].view(G, -1)
-    )  # [G, d]
+    kept = index.to(k.device).expand(G, -1)
+    out = torch.ones(G, T, dtype=torch.bool, device=k.device).scatter_(1, kept, False)
+    left = out.nonzero()[:, 1].view(G, -1)  # [G, d]
     d, run = left.shape[1], torch.arange(-(-left.shape[1] // size), device=k.device)
     sizes = d // len(run) + (run < d % len(run)).long()  # [S]
     member = run.repeat_interleave(sizes)  # [d]
