@@ -52,11 +52,12 @@ def test_text_the_last_token_the_floor_and_the_first_layers() -> None:
     text = (~visual).nonzero()[:, 0]
     assert set(text.tolist()) <= set(last.tolist())
     none = torch.ones(200, dtype=torch.bool)
-    for options, least in (("", 1), (",floor=0.25", 50)):
-        method = load_policy(f"zipvl-stream:tau=0.001,recent=4,random=4{options}")
+    for options, least in (("sinks=0", 1), ("sinks=0,floor=0.25", 50), ("sinks=7", 8)):
+        method = load_policy(f"zipvl-stream:tau=0.001,recent=4,random=4,{options}")
         alive = alive_after(toy.run(method, [(ids, none)]), 200)
         assert len(alive[-1]) in (least, least + 1)  # and the last token
         assert alive[-1][-1] == 199
+    assert alive[-1][:7].tolist() == list(range(7))
     method = load_policy("zipvl-stream:tau=0.001,first=2,always=last")
     assert [len(a) for a in alive_after(toy.run(method, [(ids, none)]), 200)][:2] == [200, 200]
 
@@ -98,7 +99,7 @@ def test_positions_are_the_original_ones_and_logits_are_nan_where_a_token_left()
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [("always=none", "always is 'none'"), ("first=-1", "first is -1"), ("floor=2", "floor is 2"),
+    [("always=none", "always is 'none'"), ("first=-1", "first is -1"), ("floor=2", "floor is 2"), ("sinks=-1", "sinks is -1"),
      ("tau=0", "tau is 0"), ("fill=own", "no option 'fill'")],
 )  # fmt: skip
 def test_bad_options_are_one_sentence(options: str, words: str) -> None:

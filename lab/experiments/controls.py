@@ -27,6 +27,7 @@ class Schedule(Selection):
     kept: str = "1/0.5"
     by: str = "mass"
     after: int = 0
+    sinks: int = 1  # as zipvl-stream's
     divisor: str = field(default="probes", init=False, repr=False)
     fill: str = field(default="zero", init=False, repr=False)
 
@@ -43,7 +44,8 @@ class Schedule(Selection):
         if p >= view.length:
             return Plan()
         rule = self.by if view.layer >= self.after else "mass"
-        score = self.ranked(view, rule).masked_fill(self.forced(view), inf)
+        never = self.forced(view) | (view.positions < self.sinks)
+        score = self.ranked(view, rule).masked_fill(never, inf)
         plan = self.keep(view, score, max(1, p))
         return replace(plan, stream=plan.attend)
 

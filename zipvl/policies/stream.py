@@ -4,7 +4,9 @@ Each layer ranks the tokens that are still there as zipvl does (zipvl.py) and fi
 how many it needs. The others leave the stream: neither this layer nor a later one attends to them,
 caches them or runs its MLP on them. So linear layers, attention and cache all shrink with depth,
 where the paper's form leaves the linear layers whole. Positions stay the original ones, probe rows
-are drawn among the tokens that are left, the prompt's text and its last token never leave.
+are drawn among the tokens that are left. The prompt's text and its last token never leave, and
+neither does its first: heads that look for nothing look at it (the attention sink, arXiv
+2309.17453), but not yet in the first layers, which would let it go.
 
 `tau` is the share of attention that is kept through all layers together: each of the L layers that
 choose keeps tau ** (1 / L), so that one number means the same in models of any depth (0.7 is 0.956
@@ -32,6 +34,7 @@ class ZipVLStream(ZipVL):
     tau: float = 0.7  # of all layers together
     first: int = 0  # layers before which nothing leaves
     floor: float = 0.0  # share of the prompt that every layer keeps at least
+    sinks: int = 1  # first tokens of the prompt that never leave
     recent: int = field(default=32, kw_only=True)
     random: int = field(default=32, kw_only=True)
     fill: str = field(default="zero", init=False, repr=False)  # nobody is there to receive it
@@ -39,6 +42,7 @@ class ZipVLStream(ZipVL):
     def __post_init__(self) -> None:
         choice("always", self.always, ("text", "last"))
         check(self.first >= 0, f"first is {self.first}: give 0 layers or more")
+        check(self.sinks >= 0, f"sinks is {self.sinks}: give 0 tokens or more")
         check(0 <= self.floor <= 1, f"floor is {self.floor}: give a share of the prompt, 0 to 1")
         super().__post_init__()
 
@@ -47,6 +51,9 @@ class ZipVLStream(ZipVL):
 
     def budget(self, view: View | StepView, mass: Tensor) -> int:
         return covering(mass, self.tau ** (1 / max(1, view.num_layers - self.first)))
+
+    def forced(self, view: View) -> Tensor:
+        return super().forced(view) | (view.positions < self.sinks)
 
     def keep(self, view: View, score: Tensor, p: int) -> Plan:
         plan = super().keep(view, score, max(p, math.ceil(self.floor * view.notes.prompt)))
