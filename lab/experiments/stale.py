@@ -27,7 +27,7 @@ from . import clips, draw, stats
 from .runner import Job, Record, policy
 from .text import TAIL, continuation, follow, windows
 
-METHODS = ("zipvl-stream:tau=0.8", "zipvl-stream:tau=0.9", "zipvl-stream:tau=0.97")
+METHODS = ("zipvl-stream:tau=0.7", "zipvl-stream:tau=0.97")
 FATES = ("gone", "zero", "previous", "frozen", "cached")
 QUESTION = 256  # of a prompt, the last tokens that stay
 COLUMNS = {
