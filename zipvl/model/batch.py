@@ -33,6 +33,9 @@ class Spans:
         self.total = int(ends[-1])
         self.edges = ends.to(device, torch.int32)  # [B + 1], cu_seqlens of FlashAttention
         self.used = torch.tensor(self.lengths, dtype=torch.int32, device=device)  # [B]
+        if self.merged:  # on the device once: a CUDA graph must not copy them
+            self.far = torch.tensor(self.merged, dtype=torch.int32, device=device)  # [B]
+            self.stand = torch.tensor(self.weights, device=device).log()  # [B]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -62,11 +65,6 @@ class Spans:
         out = torch.zeros(1, 1, 1, places, dtype=dtype, device=self.edges.device)
         out[..., : self.merged[sequence]] = math.log(self.weights[sequence])
         return out
-
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """How many summaries sequences have [B], and the edges [B + 1] of what is behind them."""
-        merged = torch.tensor([*(self.merged or []), 0], device=self.edges.device).int()
-        return merged[:-1], self.edges + merged
 
     def grow(self) -> None:
         """Every sequence takes one more of its places."""

@@ -64,13 +64,12 @@ def attend_torch_flash(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans:
     if k_spans.merged is None:
         used = k_spans.used if k_spans.room else None
         return flash(k_spans.edges, *longest, 0.0, True, False, seqused_k=used)[0]
-    merged, behind = k_spans.halves()
+    merged, behind = k_spans.far, k_spans.edges + F.pad(k_spans.far, (0, 1))
     far, far_mass = flash(k_spans.edges, *longest, 0.0, False, False, seqused_k=merged)[:2]
     own, own_mass = flash(behind, *longest, 0.0, True, False, seqused_k=k_spans.used - merged)[:2]
-    stand = torch.tensor(k_spans.weights, device=q.device).log()  # [B]
-    rows = torch.tensor(q_spans.lengths, device=q.device)
-    none = (merged == 0).repeat_interleave(rows)  # the kernel's mass of no slots is +inf
-    far_mass = (far_mass + stand.repeat_interleave(rows)).masked_fill(none, -torch.inf)
+    stand = k_spans.stand.masked_fill(merged == 0, -torch.inf)  # what is not there has no mass
+    stand = stand.repeat_interleave(q_spans.used, output_size=len(q))  # [rows]
+    far_mass = torch.where(stand == -torch.inf, stand, far_mass + stand)  # the kernel's is +inf
     return joined(own, own_mass, far, far_mass)
 
 
@@ -116,7 +115,10 @@ def attend_steps(views: list[StepView], plans: list[Plan], spans: Spans) -> Tens
     not be computed again; None: it is a matter for any kernel. Views do not show summaries."""
     chosen = any(plan.attend is not None for plan in plans)
     if chosen and spans.merged:
-        raise UsageError("the method chooses slots of a cache that holds summaries: make none")
+        raise UsageError(
+            "the method's step() chooses slots of a cache that holds summaries: make its plan() "
+            "give none, or leave out its option summary"
+        )
     if not chosen and (spans.merged or not any(view.mass_known for view in views)):
         return None
     both = zip(views, plans, strict=True)
