@@ -26,10 +26,12 @@ MAKERS = {  # scripts with needs of their own: those of the bundled demo read ca
     "lab/experiments/text_to_zipvl.py": "gguf",
     "lab/demo/make_clip.py": "av",
     "lab/demo/tiles.py": "av",
-    "lab/demo/long.py": "torch.load",
+    "lab/demo/resume.py": "torch.load",
     "lab/demo/train.py": "torch.load",
 }
-OPTIONAL = ("av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub")
+OPTIONAL = (
+    "av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub", "playwright"
+)  # fmt: skip
 ROW = re.compile(r"^(\|\s*\[?`?([\w/]+\.py)`?(?:\]\([^)]*\))?\s*\|\s*)(\d+)(\s*\|)", re.M)
 MARK = re.compile(r"<!-- run( slow)? -->\s*```(\w*)\n(.*?)```", re.S)
 

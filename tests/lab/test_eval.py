@@ -14,7 +14,8 @@ from lab.demo.questions import PHRASES
 from lab.demo.world import Clip, render
 from lab.eval.cli import main
 from lab.eval.report import Answer, coloured_table, heat_map, markdown, table, wilson
-from lab.eval.tasks import DEPTHS, needle_items, same_answer, split_methods, task_items, world_items
+from lab.eval.tasks import DEPTHS, needle_items, same_answer, task_items, world_items
+from zipvl.cli import split_methods
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
