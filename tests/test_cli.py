@@ -164,7 +164,16 @@ def test_json(cli: Cli) -> None:
     assert code == 0
     assert out.count("\n") == 1
     run = strict_json(out)
-    assert set(run) == {"text", "finish_reason", "tokens", "usage", "stats", "warnings", "env"}
+    assert set(run) == {
+        "method",
+        "text",
+        "finish_reason",
+        "tokens",
+        "usage",
+        "stats",
+        "warnings",
+        "env",
+    }
     usage = run["usage"]
     assert usage["completion_tokens"] == len(run["tokens"]) == run["stats"]["new_tokens"] == 6
     assert usage["total_tokens"] == usage["prompt_tokens"] + 6
@@ -176,6 +185,97 @@ def test_json(cli: Cli) -> None:
     assert run["env"]["torch"] == torch.__version__
     assert (run["env"]["dtype"], run["env"]["device"]) == ("float32", "cpu")
     assert run["text"] + "\n" == cli.ask("--dense", "--temperature", "1.5", "--seed", "5")[1]
+
+
+# --- several methods --------------------------------------------------------------------------
+
+LOSSY = "zipvl:tau=0.05,always=last"  # answers otherwise than dense
+
+
+def rows(err: str) -> dict[str, str]:
+    """The lines of the table by method."""
+    lines = err.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:2] == ["answer", "prefill"])
+    return {line.split()[0]: line for line in lines[head + 1 :]}
+
+
+def test_compare_runs_each_method_as_alone(cli: Cli, files: Path) -> None:
+    methods = ["dense", "zipvl-stream", LOSSY]
+    code, out, err = cli.ask("--compare", ",".join(methods))
+    engine = zipvl.load(files / "model")
+    inputs = engine.prepare("What happens?", video=str(files / "clip.mp4"), frames=4)
+    alone = {m: engine.generate(inputs, m, max_new_tokens=6) for m in methods}
+    texts = {m: result.text for m, result in alone.items()}
+    assert len(set(texts.values())) > 1
+    assert (code, out) == (0, "".join(f"{m}: {text}\n" for m, text in texts.items()))
+    table = rows(err)
+    assert list(table) == methods
+    assert "the first" in table["dense"]
+    for method, result in alone.items():
+        line, stats = table[method], result.stats
+        assert f"{stats.ratio:.1%}" in line
+        assert f"{stats.prefill_work:.1%}" in line
+        assert f"{stats.kv_bytes / 2**20:.2f} " in line
+        first = alone["dense"].tokens
+        if method != "dense":
+            differs = [a != b for a, b in zip(result.tokens, first, strict=True)]
+            said = f"token {differs.index(True) + 1} " if any(differs) else "same"
+            assert said in line
+    assert f"2 of 3: {alone['zipvl-stream'].stats.method}" in err
+    code, out, err = cli.ask("--compare", "dense,zipvl:tau=1", "-q")
+    assert (code, out, err) == (0, texts["dense"] + "\n", "")  # both agree: said once
+
+
+def test_compare_as_json(cli: Cli) -> None:
+    code, out, _ = cli.ask("--json", "--compare", f"dense,{LOSSY}")
+    assert code == 0
+    runs = strict_json(out)["runs"]
+    assert [run["method"] for run in runs] == ["dense", LOSSY]
+    for run in runs:
+        alone = strict_json(cli.ask("--json", "--method", run["method"])[1])
+        assert {k: run[k] for k in ("text", "tokens", "usage")} == {
+            k: alone[k] for k in ("text", "tokens", "usage")
+        }
+        seconds = run["stats"]["seconds"]
+        assert seconds["first_token"] >= seconds["prefill"]
+    assert runs[0]["stats"]["seconds"]["video"] > 0  # read once, for the first
+    assert runs[1]["stats"]["seconds"]["video"] == 0
+
+
+def test_compare_encodes_once(cli: Cli) -> None:
+    calls, encode = [], VLM.encode
+    cli.patch.setattr(VLM, "encode", lambda *a, **o: calls.append(1) or encode(*a, **o))
+    assert cli.ask("--compare", "dense,zipvl,zipvl-stream")[0] == 0
+    assert len(calls) == 1
+
+
+def test_a_method_that_fails_leaves_the_others(cli: Cli, tmp_path: Path) -> None:
+    for name, line in (("bug", "1 / 0"), ("refuses", "raise UsageError('not\\nthis prompt')")):
+        (tmp_path / f"{name}.py").write_text(
+            "from zipvl.errors import UsageError\nfrom zipvl.policy import Policy\n"
+            f"class Mine(Policy):\n    def plan(self, view):\n        {line}\n"
+        )
+    bug, refuses = (f"{tmp_path / name}.py:Mine" for name in ("bug", "refuses"))
+    code, out, err = cli.ask("--compare", f"dense,{bug},{refuses},zipvl:tau=1")
+    assert (code, out) == (1, cli.ask("-q", "--dense")[1])
+    table = rows(err)
+    assert "failed: " in table[bug]
+    assert "division by zero" in table[bug]
+    assert re.search(r"failed: not.*this prompt", table[refuses])
+    assert "same" in table["zipvl:tau=1"]
+    code, out, _ = cli.ask("--json", "--compare", f"{bug},dense")
+    assert code == 1
+    assert [set(run) == {"method", "error"} for run in strict_json(out)["runs"]] == [True, False]
+    code, out, err = cli.ask("-q", "--compare", f"{bug},{refuses}")
+    assert (code, out) == (2, "\n")
+
+
+def test_ctrl_c_in_a_comparison_shows_what_is_done(cli: Cli) -> None:
+    cli.patch.setattr(Decoder, "prefill", interrupting(Decoder.prefill, 3))  # the first wakes up
+    code, _, err = cli.ask("--compare", "dense,zipvl,zipvl-stream")
+    assert code == 130
+    assert list(rows(err)) == ["dense", "zipvl"]
+    assert "interrupted" in rows(err)["zipvl"]
 
 
 def test_a_rate_is_not_cut_at_32(cli: Cli) -> None:
@@ -364,6 +464,11 @@ def test_python_m_zipvl_answers(cli: Cli, files: Path) -> None:
         (["-p", "x", "--dense", "--keep-ratio", "0"], "--dense keeps every token"),
         (["-p", "x", "--dense", "--probe", "1+1"], "--dense keeps every token"),
         (["-p", "x", "--dense", "--method", "zipvl"], "--dense keeps every token"),
+        (["-p", "x", "--compare", "dense,zipvl", "--tau", "0.9"], "write zipvl:tau=0.9"),
+        (["-p", "x", "--compare", "dense,zipvl", "--dense"], "--compare names its methods"),
+        (["-p", "x", "--compare", "dense"], "give two or more different methods"),
+        (["-p", "x", "--compare", "dense,zipvl,dense"], "give two or more different methods"),
+        (["--compare", "dense,zipvl"], "one question of several methods: give -p TEXT"),
         (["-p", "x", "--probe", "64"], "write recent+random"),
         (["-p", "x", "--probe", "a+b"], "write recent+random"),
         (["-p", "x", "--probe", "²+3"], "write recent+random"),
@@ -397,6 +502,9 @@ QUICK = [  # seen before torch is imported; the answer's own door says the same
     (["--reader", "opencv"], "unknown reader 'opencv': give pyav or decord"),
     (["--method", "zipfl:tau=3"], "unknown method 'zipfl': use one of dense, zipvl, zipvl+"),
     (["--method", "gone.py:X"], "method file gone.py does not exist: check the path"),
+    (["--compare", "dense,zipfl:tau=3"], "unknown method 'zipfl': use one of dense, zipvl, zipvl+"),
+    (["--compare", "gone.py:X,dense"], "method file gone.py does not exist: check the path"),
+    (["--compare", "dense,"], "unknown method ''"),
     (["-v", "gone.mp4"], "gone.mp4 does not exist: check the path"),
     (["-i", "gone.png"], "gone.png is not a file: check the path"),
     (["-p", "a <image>"], "the prompt has 1 <image> markers but 0 images were given"),

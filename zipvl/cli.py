@@ -15,9 +15,11 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,7 +29,18 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import __version__
 from .errors import REFUSAL, UsageError, ZipvlError
-from .report import as_json, headline, open_streams, plain, progress_lines, say, summary
+from .report import (
+    Trial,
+    answers,
+    as_json,
+    headline,
+    open_streams,
+    plain,
+    progress_lines,
+    say,
+    summary,
+    table,
+)
 from .vision.source import seconds
 
 if TYPE_CHECKING:
@@ -72,6 +85,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     ],
     "which tokens to keep": [
         ("--method NAME", str, "zipvl (default), dense, ...; my_file.py:Class; NAME:option=value"),
+        ("--compare LIST", str, "several methods and a table of them: dense,zipvl,zipvl-stream"),
         ("--list-methods", False, "the names of the methods, a line each"),
         ("--dense", False, "same as --method dense"),
         ("--tau TAU", float, "share of attention kept (zipvl; default 0.975)"),
@@ -93,6 +107,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     "what to print": [
         ("--stats", False, "seconds by stage and kept tokens by layer, on stderr"),
         ("--json", False, "one JSON object on stdout instead of text"),
+        ("--report FILE", str, "a web page of what was kept, where and when: FILE.html"),
         ("-q --quiet", False, "nothing on stderr but errors"),
         ("--verbose", False, "a traceback with every error"),
     ],
@@ -138,14 +153,42 @@ def methods() -> dict[str, str]:
     return {name: says[kind] for name, kind in re.findall(r'^    "(.+)": (\w+),$', text, re.M)}
 
 
+def split_methods(text: str) -> list[str]:
+    """`a:x=1,y=2,b` -> [`a:x=1,y=2`, `b`]: `y=2` is one more option of the method before."""
+    methods: list[str] = []
+    for piece in text.split(","):
+        if methods and "=" in piece.split(":")[0]:
+            methods[-1] += "," + piece
+        else:
+            methods.append(piece)
+    return methods
+
+
 def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Faults of the command line that need no torch to be seen; reads a prompt from stdin."""
+    """Faults of the command line that need no torch to be seen; reads a prompt from stdin.
+
+    Puts the methods to run into `a.methods`.
+    """
     choices = (a.method, a.tau, a.keep_ratio, a.probe, a.kv_bits)
     if a.dense and any(choice is not None for choice in choices):
         parser.error(
             "--dense keeps every token in full precision: leave out --method, --tau, --keep-ratio, "
             "--probe and --kv-bits"
         )
+    a.methods = ["dense" if a.dense else a.method or "zipvl"]
+    if a.compare is not None:
+        a.methods = split_methods(a.compare)
+        if a.dense or any(choice is not None for choice in choices):
+            parser.error(
+                "--compare names its methods and their options: leave out --dense, --method, "
+                "--tau, --keep-ratio, --probe and --kv-bits, and write zipvl:tau=0.9"
+            )
+        if len(set(a.methods)) < max(2, len(a.methods)):
+            parser.error(f"--compare {a.compare}: give two or more different methods, with commas")
+        if a.prompt is None:
+            parser.error("--compare asks one question of several methods: give -p TEXT")
+    if a.report is not None and a.prompt is None:
+        parser.error("--report shows one question and a chat has many: give -p TEXT")
     if a.prompt is None and not sys.stdin.isatty():
         parser.error("no prompt: give -p TEXT, or -p - to read it from standard input")
     if a.prompt is None and a.json:
@@ -167,10 +210,15 @@ def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def check_values(a: argparse.Namespace) -> None:
     """In the words of Run.steps, Sampling and load_policy, which see them later."""
-    head = (a.method or "dense").partition(":")[0]
-    own, names = head.endswith(".py"), ", ".join(methods())
-    unknown = f"unknown method {head!r}: use one of {names}, or my_file.py:Class"
-    missing = f"method file {head} does not exist: check the path before the first colon"
+    names = ", ".join(methods())
+    for head in (method.partition(":")[0] for method in a.methods):
+        own = head.endswith(".py")
+        if own and not Path(head).is_file():
+            raise UsageError(
+                f"method file {head} does not exist: check the path before the first colon"
+            )
+        if not own and head not in methods():
+            raise UsageError(f"unknown method {head!r}: use one of {names}, or my_file.py:Class")
     for valid, sentence in (
         (
             a.max_new_tokens >= 1,
@@ -180,15 +228,13 @@ def check_values(a: argparse.Namespace) -> None:
         (0 < a.top_p <= 1, f"top_p is {a.top_p}: give a share above 0 and up to 1"),
         (a.top_k >= 0, f"top_k is {a.top_k}: give 0 (off) or more"),
         (abs(a.seed) < 2**63, f"seed is {a.seed}: give a whole number of at most 63 bits"),
-        (own or head in methods(), unknown),
-        (not own or Path(head).is_file(), missing),
     ):
         if not valid:
             raise UsageError(sentence)
 
 
 def check_media(a: argparse.Namespace) -> None:
-    """What the files are, by their heads, and what to take of a video."""
+    """What the files are, by their heads, what to take of a video, and where a page goes."""
     from .vision.source import check_image, local_file
     from .vision.video import READERS, sample
 
@@ -199,6 +245,13 @@ def check_media(a: argparse.Namespace) -> None:
         local_file(path)
     for path in a.image:
         check_image(path)
+    if a.report is not None:
+        page = Path(a.report)
+        if page.is_dir() or not os.access(page.parent, os.W_OK):
+            raise UsageError(
+                f"--report {a.report} cannot be written: name a file in a folder that is there and "
+                "may be written to"
+            )
 
 
 def check_prompt(a: argparse.Namespace) -> None:
@@ -221,12 +274,12 @@ def run(a: argparse.Namespace) -> int:
     from .policies import load_policy
 
     options = {"tau": a.tau, "ratio": a.keep_ratio, "kv_bits": a.kv_bits, **(a.probe or {})}
-    policy = load_policy("dense" if a.dense else a.method or "zipvl", **options)
+    policies = [load_policy(method, **options) for method in a.methods]
     progress = not a.quiet and (sys.stderr.isatty() or progress_lines)
     engine = load(a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.compile)
     if a.model is None and not a.video and not a.image:
         a.video = [str(demo_clip())]
-    session = Session(engine, policy, a)
+    session = Session(engine, policies, a)
     return session.chat() if a.prompt is None else session.ask(a.prompt)
 
 
@@ -253,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         with abrupt():
             parser = build_parser()
             parser.parse_args(argv, a)
+            a.argv = sys.argv[1:] if argv is None else argv
             if a.list_methods:
                 print("\n".join(f"{name:<13}{text}" for name, text in methods().items()))
                 return 0
@@ -270,7 +324,9 @@ def main(argv: list[str] | None = None) -> int:
         if a.verbose:
             raise
         try:
-            return fault(e)
+            code, sentence = fault(e)
+            say("error: " + sentence)
+            return code
         except MemoryError:  # nor is there enough for a sentence about it
             os.write(2, b"error: out of memory: give the process more\n")
             return 3
@@ -279,16 +335,15 @@ def main(argv: list[str] | None = None) -> int:
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
-def fault(e: Exception) -> int:
-    """Says what ended the program, in one line. Returns the exit code."""
+def fault(e: Exception) -> tuple[int, str]:
+    """The exit code for what went wrong, and one line that says what."""
     code, sentence = 1, f"{type(e).__name__}: {e} (--verbose shows where)"
     if isinstance(e, ZipvlError):
         code, sentence = e.code, str(e)
     if code != 3 and (reason := memory_ended(e)):
         advice = "give the process more, or use fewer --frames, --dtype bfloat16 or a smaller model"
         code, sentence = 3, f"out of memory ({reason}): {advice}"
-    say("error: " + sentence.replace("\n", " "))
-    return code
+    return code, sentence.replace("\n", " ")
 
 
 def memory_ended(e: BaseException | None) -> str:
@@ -306,8 +361,8 @@ def memory_ended(e: BaseException | None) -> str:
 class Session:
     """One engine, its media and options, asked once or in a chat."""
 
-    def __init__(self, engine: Engine, policy: Policy, args: argparse.Namespace) -> None:
-        self.engine, self.policy, self.args = engine, policy, args
+    def __init__(self, engine: Engine, policies: list[Policy], args: argparse.Namespace) -> None:
+        self.engine, self.policies, self.args = engine, policies, args
         self.images: list[ImageSource] = args.image  # files; once they are read, what they hold
         self.videos: list[VideoSource] = args.video
         self.said: list[str] = []  # what the user knows of the setting
@@ -329,7 +384,7 @@ class Session:
         self.images = [m for m in inputs.media if m.kind == "image"]
         self.videos = [m for m in inputs.media if m.kind == "video"]
         if not a.quiet:
-            setting = headline(self.engine, self.policy, inputs, short=a.prompt is None)
+            setting = headline(self.engine, self.policies, inputs, short=a.prompt is None)
             warnings = [f"warning: {warning}" for warning in inputs.warnings]
             news = "; ".join(part for part in setting if part not in self.said)
             for line in (news, *(w for w in warnings if w not in self.said)):
@@ -347,40 +402,101 @@ class Session:
             self.prepare("", images=files)
             self.args.image = files
 
-    def answer(self, inputs: Inputs) -> Result:
-        """Streams one answer. Where Ctrl-C ended it, finish_reason is "interrupted" and the
-        statistics are those of what was done."""
+    def answer(self, inputs: Inputs, policy: Policy, silent: bool) -> Result:
+        """Streams one answer, or is `silent`. Where Ctrl-C ended it, finish_reason is "interrupted"
+        and the statistics are those of what was done."""
         from .engine.engine import Run
         from .engine.sampler import Sampling
 
         a, text, words = self.args, "", self.engine.chat.detokenizer()
-        sampling = Sampling(a.temperature, a.top_p, a.top_k, a.seed)
-        run = Run(self.engine, [inputs], self.policy, sampling)
+        run = Run(self.engine, [inputs], policy, Sampling(a.temperature, a.top_p, a.top_k, a.seed))
+
+        def show(piece: str) -> str:
+            print("" if silent else piece, end="", flush=True)
+            return piece
+
         try:
             for made in run.steps(a.max_new_tokens, ignore_eos=False):
                 for _, token in made:
-                    text += self.show(words.push(token))
-            text += self.show(words.flush())
+                    text += show(words.push(token))
+            text += show(words.flush())
         except KeyboardInterrupt:
             run.reasons = ["interrupted"]
-        self.show("\n")
+        show("\n")
         return replace(run.result(0), text=text)
-
-    def show(self, text: str) -> str:
-        """A piece of the answer, unless JSON will hold it; returned as it is."""
-        if not self.args.json:
-            print(text, end="", flush=True)
-        return text
 
     def ask(self, prompt: str) -> int:
         """One question; returns the exit code."""
         a, inputs = self.args, self.prepare(prompt)
-        result = self.answer(inputs)
+        if not a.compare:
+            trials = [Trial(a.methods[0], self.answer(inputs, self.policies[0], silent=a.json))]
+        else:
+            trials = self.compare(inputs)
         if a.json:
-            print(json.dumps(as_json(self.engine, inputs, result, a.model, a.seed)), flush=True)
+            said = [as_json(self.engine, inputs, trial, a.model, a.seed) for trial in trials]
+            print(json.dumps({"runs": said} if a.compare else said[0]), flush=True)
+        elif a.compare:
+            print(answers(trials), end="", flush=True)
+        if a.compare and not a.quiet:
+            say(table(trials))
+        done = [trial.result for trial in trials if trial.result]
         if a.stats:
-            say(summary(result.stats))
-        return 130 if result.finish_reason == "interrupted" else 0
+            for result in done:
+                say(summary(result.stats))
+        interrupted = any(result.finish_reason == "interrupted" for result in done)
+        if a.report and not interrupted:
+            self.report(prompt, inputs, trials)
+        return 130 if interrupted else int(len(done) < len(trials))
+
+    def compare(self, inputs: Inputs) -> list[Trial]:
+        """What each method made of `inputs`; where one fails, the others run.
+
+        Media are encoded before, once, and a first prefill that nobody times wakes up what sleeps:
+        threads, memory, kernels. Ctrl-C leaves out the methods behind it.
+        """
+        began, trials = time.perf_counter(), list[Trial]()
+        self.engine.encode(inputs)
+        inputs.vision_seconds += time.perf_counter() - began
+        self.engine.prefill([inputs], self.policies[0], 1, {})
+        for method, policy in zip(self.args.methods, self.policies, strict=True):
+            if not self.args.quiet:
+                say(f"{len(trials) + 1} of {len(self.policies)}: {policy!r}")
+            try:
+                result = self.answer(inputs, policy, silent=True)
+            except Exception as e:
+                if self.args.verbose:
+                    raise
+                trials.append(Trial(method, None, fault(e)[1]))
+                continue
+            trials.append(Trial(method, result))
+            if result.finish_reason == "interrupted":
+                break
+        return trials
+
+    def report(self, prompt: str, inputs: Inputs, trials: list[Trial]) -> None:
+        """Writes the page; videos too long to be held as pixels are read again for it."""
+        from .engine.engine import FRAMES
+        from .page import content, write_page
+        from .vision.video import Reading
+
+        a, engine = self.args, self.engine
+        frames = a.frames or (FRAMES if a.fps is None else None)
+        videos = [
+            None if len(m.crops) else Reading(v, frames, a.fps, a.start, a.end, reader=a.reader)
+            for v, m in zip(a.video, (m for m in inputs.media if m.clip), strict=True)
+        ]
+        settings = {
+            "command": shlex.join(["zipvl", *a.argv]),
+            "files": ", ".join([*a.video, *a.image]) or "none",
+            "checkpoint": a.model or "bundled demo",
+            "seed": str(a.seed),
+        }
+        page = content(
+            engine, inputs, prompt, trials, self.policies, videos, a.max_new_tokens, settings
+        )
+        write_page(Path(a.report), page)
+        if not a.quiet:
+            say(f"report: {a.report}")
 
     def chat(self) -> int:
         """Questions about the same media until /quit or end of input."""
@@ -405,7 +521,7 @@ class Session:
             except KeyboardInterrupt:  # while media were read or a prompt was prepared
                 say()
             except ZipvlError as e:
-                fault(e)
+                say(f"error: {fault(e)[1]}")
 
     def obey(self, line: str) -> None:
         """One line of a chat: a command, or a question."""
@@ -425,7 +541,7 @@ class Session:
             say(f"unknown command {command}; {HELP}")
         elif line:
             asked = [*self.talk, {"role": "user", "content": line}]
-            self.last = self.answer(self.prepare(asked))
+            self.last = self.answer(self.prepare(asked), self.policies[0], silent=False)
             self.talk = [*asked, {"role": "assistant", "content": self.last.text}]
 
 

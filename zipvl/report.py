@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import printable
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from .engine.inputs import Inputs
     from .engine.stats import Stats
     from .policy import Policy
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one method made of a prompt; `result` is None where it failed."""
+
+    method: str  # as the user wrote it
+    result: Result | None
+    fault: str = ""  # what went wrong, in a sentence
 
 
 EVERY = 10.0  # seconds from one line of progress to the next
@@ -63,7 +73,8 @@ def progress_lines(label: str, total: int) -> Iterator[Callable[[int], object]]:
     yield step
 
 
-def headline(engine: Engine, policy: Policy, inputs: Inputs, short: bool = False) -> list[str]:
+def headline(engine: Engine, policies: list[Policy], inputs: Inputs,
+             short: bool = False) -> list[str]:  # fmt: skip
     """The effective configuration, part by part; `short`: what stays from question to question."""
     config, dtype = engine.config, str(engine.model.dtype).removeprefix("torch.")
     clips = [m.clip for m in inputs.media if m.clip]
@@ -72,8 +83,9 @@ def headline(engine: Engine, policy: Policy, inputs: Inputs, short: bool = False
     machine = f"{dtype} on {engine.model.device}, {engine.backend}"
     model = f"{config.family} ({config.layout} layout), {machine}"
     if short:
-        return [model, *spans, f"{visual} tokens", type(policy).__name__]
-    return [model, *spans, f"{len(inputs)} tokens, {visual}", repr(policy)]
+        return [model, *spans, f"{visual} tokens", type(policies[0]).__name__]
+    lone = map(repr, policies[:1] if len(policies) == 1 else [])  # compared ones have lines
+    return [model, *spans, f"{len(inputs)} tokens, {visual}", *lone]
 
 
 def summary(stats: Stats) -> str:
@@ -105,6 +117,56 @@ def summary(stats: Stats) -> str:
             f"  {layer['cached']:8}  {layer['kv_bytes'] / 1024:9.1f}"
         )
     return "\n".join([*lines, *hints(stats)])
+
+
+def answers(trials: list[Trial]) -> str:
+    """The answer, where all methods that came to one agree; else each method's in a line."""
+    given = {trial.method: trial.result.text for trial in trials if trial.result}
+    if len(set(given.values())) == 1:
+        return next(iter(given.values())) + "\n"
+    return "".join(f"{method}: {text}\n" for method, text in given.items())
+
+
+def table(trials: list[Trial]) -> str:
+    """A line a method: whether its answer is the first one's, its seconds, shares and bytes."""
+    wide = max(len(trial.method) for trial in trials)
+    first = next((trial.result for trial in trials if trial.result), None)
+    read = first.stats.seconds if first else {}
+    lines = [
+        f"read in {read.get('video', 0):.2f} s and encoded in {read.get('vision', 0):.2f} s, once; "
+        "cache and peak in MiB",
+        f"{'':{wide}}  answer        prefill  1st token   decode    kept    work          cache"
+        "    peak",
+    ]
+    for trial in trials:
+        if trial.result is None:
+            lines.append(f"{trial.method:{wide}}  failed: {trial.fault}")
+            continue
+        s = trial.result.stats
+        if not s.layers:
+            lines.append(f"{trial.method:{wide}}  interrupted in the prefill")
+            continue
+        share = s.kv_bytes / max(1, s.kv_bytes_dense)
+        lines.append(
+            f"{trial.method:{wide}}  {agreement(trial, first):10}{s.seconds['prefill']:9.3f} s"
+            f"{s.seconds['first_token']:9.3f} s{s.decode_rate:7.1f}/s{s.ratio:8.1%}"
+            f"{s.prefill_work:8.1%}{s.kv_bytes / 2**20:9.2f} {share:4.0%}"
+            f"{s.peak_memory / 2**20:8.0f}"
+        )
+    return "\n".join(lines)
+
+
+def agreement(trial: Trial, first: Result | None) -> str:
+    """Whether a trial's tokens are those of the first result."""
+    assert trial.result is not None
+    assert first is not None
+    mine, theirs = trial.result.tokens, first.tokens
+    if trial.result is first:
+        return "the first"
+    if mine == theirs:
+        return "same"
+    at = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+    return f"token {(min(len(mine), len(theirs)) if at is None else at) + 1}"
 
 
 def hints(stats: Stats) -> Iterator[str]:
@@ -140,15 +202,19 @@ def hints(stats: Stats) -> Iterator[str]:
 
 
 def as_json(
-    engine: Engine, inputs: Inputs, result: Result, model: str | None, seed: int
+    engine: Engine, inputs: Inputs, trial: Trial, model: str | None, seed: int
 ) -> dict[str, Any]:
     """The run as plain JSON; `stats` is null when Ctrl-C ended it before all layers were through.
+    Of a method that failed the name and what went wrong.
 
     `model` is the name it was asked for (None: the demo), `seed` that of the sampling.
     """
     import torch
 
+    if (result := trial.result) is None:
+        return {"method": trial.method, "error": trial.fault}
     return {
+        "method": trial.method,
         "text": result.text,
         "finish_reason": result.finish_reason,
         "tokens": result.tokens,

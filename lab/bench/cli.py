@@ -19,13 +19,13 @@ because machines are noisy. `--out` writes the raw JSON, `--plot` draws it.
 import argparse
 from pathlib import Path
 
+from zipvl.cli import split_methods
 from zipvl.engine.load import pick_device
 from zipvl.engine.speed import check_kind
 from zipvl.engine.stats import peak_memory
 from zipvl.policies import load_policy
 
 from ..command import Parser, count, counts, ended, shares
-from ..eval.tasks import split_methods
 from ..raw import write_json
 from .benches import bench_batch, bench_decode, bench_prefill
 from .e2e import bench_e2e

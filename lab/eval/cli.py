@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
+from zipvl.cli import split_methods
 from zipvl.engine.engine import Result
 from zipvl.engine.inputs import Inputs
 from zipvl.engine.load import load
@@ -24,7 +25,7 @@ from ..command import Parser, count, counts, ended
 from ..raw import rounded, write_json
 from ..records import Record, measured
 from .report import Answer, heat_map, markdown, table
-from .tasks import LARGEST, Item, same_answer, split_methods, task_items
+from .tasks import LARGEST, Item, same_answer, task_items
 
 SETTINGS = ("model", "task", "seed", "max_new_tokens", "suffix", "device", "dtype")  # of answers
 FIELDS = [field.name for field in fields(Answer)]

@@ -96,14 +96,3 @@ def same_answer(given: str, right: str) -> bool:
     for article in ("a ", "an ", "the "):
         words = words.removeprefix(article)
     return words == right
-
-
-def split_methods(text: str) -> list[str]:
-    """`a:x=1,y=2,b` -> [`a:x=1,y=2`, `b`]: `y=2` is one more option of the method before."""
-    methods: list[str] = []
-    for piece in text.split(","):
-        if methods and "=" in piece.split(":")[0]:
-            methods[-1] += "," + piece
-        else:
-            methods.append(piece)
-    return methods

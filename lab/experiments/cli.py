@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from zipvl.cli import split_methods
+
 from ..command import Parser, count, counts, ended
-from ..eval.tasks import split_methods
 from . import fixed, methods, niah, probes, stale, stays, summary, tau
 from .runner import Job, policy
 

@@ -304,6 +304,7 @@ class Run:
         # 2 prefill: all prompts at once
         restart_peak(model.device)
         clock, generators = Clock(model.device), self.sampling.generators(len(self.inputs))
+        began = clock.since
         self.room = min(max_new_tokens, ROOM)
         self.notes = engine.take_notes(self.inputs, self.policy, max_new_tokens)
         if self.policy.scout is not None:
@@ -327,6 +328,7 @@ class Run:
             logits[:, engine.chat.vocab_size :] = -torch.inf  # rows of padding, not tokens
             new = self.sampling.choose(logits, [generators[b] for b in live])
             clock.lap("decode")
+            self.seconds.setdefault("first_token", clock.since - began)
             stay = [i for i, token in enumerate(new) if token not in stops]
             for b in set(live) - {live[i] for i in stay}:
                 self.reasons[b] = "stop"

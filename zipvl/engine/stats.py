@@ -4,7 +4,9 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +140,7 @@ class Stats:
     visual_tokens: int
     new_tokens: int
     batch: int
-    seconds: dict[str, float]  # video, vision, prefill, decode; parts: prefill_probe, ...
+    seconds: dict[str, float]  # video, vision, prefill, decode, first_token; prefill_probe, ...
     layers: list[dict[str, Any]]  # tokens, attended, cached, ratio, work, chose, kv_bytes
     work: int  # multiply-adds of the prefill: layers and what the method looked at
     work_dense: int  # the same under dense attention
@@ -200,9 +202,12 @@ def layer_rows(layers: list[LayerStats], sequence: int, prompt: int) -> list[dic
 
 
 def restart_peak(device: torch.device) -> None:
-    """Makes `peak_memory` count from now on, where the device can."""
+    """Makes `peak_memory` count from now on, on CUDA and where Linux lets a process do so."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory(device: torch.device) -> int:
