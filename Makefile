@@ -5,7 +5,9 @@ RUN = $(VENV)/bin/python
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV) && $(RUN) -m pip install -q $$(grep ^torch== constraints.txt) && $(RUN) -m pip install -q -c constraints.txt -e .[dev,plot] && touch $@
 demo: $(VENV)/ready
-	$(RUN) generate.py -p "List all objects in order." --max-new-tokens 32 --stats
+	$(RUN) -m lab.demo.make_clip build/film.mp4
+	$(RUN) generate.py -v build/film.mp4 -n 2400 -p "List all objects in order." --max-new-tokens 32 \
+	  --compare dense,zipvl,zipvl-stream --report demo-report.html
 test: $(VENV)/ready
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n auto --maxprocesses 4
 lint: $(VENV)/ready

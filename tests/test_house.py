@@ -18,7 +18,7 @@ from zipvl import cli
 
 ROOT = Path(__file__).parent.parent
 RINGS = {  # non-blank lines allowed; a new method may add 60 to its ring, a new family its own file
-    "method": (1970, "model/batch model/kernels model/attention model/decoder model/vlm linear "
+    "method": (1975, "model/batch model/kernels model/attention model/decoder model/vlm linear "
                "model/cache policy policies/zipvl engine/engine engine/sampler engine/stats"),
     "doors": (3020, "config model/layouts model/weights model/chat model/sandbox model/tokenizer "
               "vision/encoder vision/source vision/image vision/merge vision/index vision/video "
@@ -26,7 +26,8 @@ RINGS = {  # non-blank lines allowed; a new method may add 60 to its ring, a new
     "rivals and formats": (820, "policies/__init__ policies/fastv policies/h2o policies/kivi "
                            "policies/snapkv policies/stream policies/streaming policies/zipcache "
                            "model/quant model/cache_quant"),
-    "app": (580, "cli report __init__ __main__"),
+    "app": (640, "cli report __init__ __main__"),
+    "study": (390, "compare page"),
     "speed": (252, "engine/speed"),
 }  # fmt: skip
 APART = ("testing", "demo")  # public helpers for methods; data
@@ -38,6 +39,8 @@ FLOORS = (  # nobody imports upwards
     {"policies", "testing"},
     {"engine"},
     {"report", ""},  # "": the face, zipvl/__init__.py
+    {"page"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 )

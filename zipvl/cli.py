@@ -15,11 +15,9 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -28,18 +26,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import __version__
-from .errors import REFUSAL, UsageError, ZipvlError
+from .errors import UsageError, ZipvlError
 from .report import (
-    Trial,
-    answers,
     as_json,
+    fault,
     headline,
     open_streams,
     plain,
     progress_lines,
+    read_line,
     say,
     summary,
-    table,
 )
 from .vision.source import seconds
 
@@ -48,15 +45,10 @@ if TYPE_CHECKING:
     from .engine.inputs import ImageSource, Inputs, Message, VideoSource
     from .policy import Policy
 
-NO_MEMORY = re.compile(  # what else libraries say when memory ends; threads need it, too
-    rf"{REFUSAL.pattern}|MemoryError|bad_alloc|[Cc]annot allocate memory|failed to map segment|"
-    "start new thread|temporarily unavailable|error return without exception set"
-)
 HELP = (
     "/image FILE and /video FILE add media; /clear forgets the talk; "
     "/stats shows the last answer's statistics; /quit leaves"
 )
-
 
 # Every option: its names and what its value is called; its default, or what reads a value without
 # one (False: a switch without a value, []: may be repeated); help.
@@ -84,8 +76,8 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("--seed SEED", 0, "of the sampling (default 0)"),
     ],
     "which tokens to keep": [
-        ("--method NAME", str, "zipvl (default), dense, ...; my_file.py:Class; NAME:option=value"),
-        ("--compare LIST", str, "several methods and a table of them: dense,zipvl,zipvl-stream"),
+        ("--method NAME", str, "zipvl (default); NAME:option=value; my_file.py:Class"),
+        ("--compare LIST", str, "a table of methods: dense,zipvl,zipvl-stream"),
         ("--list-methods", False, "the names of the methods, a line each"),
         ("--dense", False, "same as --method dense"),
         ("--tau TAU", float, "share of attention kept (zipvl; default 0.975)"),
@@ -95,11 +87,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     ],
     "the machine": [
         ("--device DEVICE", "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
-        (
-            "--dtype DTYPE",
-            "auto",
-            "bfloat16, float32, float16 (default: bfloat16 on CUDA and AMX CPUs, else float32)",
-        ),
+        ("--dtype DTYPE", "auto", "bfloat16 (auto on CUDA, AMX CPUs), float32, float16"),
         ("--attn ATTN", "auto", "auto, sdpa, torch-flash, flash-attn (default auto)"),
         ("--weights KIND", "full", "packed, int8, int4: decode faster on a CPU"),
         ("--compile", False, "torch.compile for prefill; on CUDA graph decoding"),
@@ -155,13 +143,7 @@ def methods() -> dict[str, str]:
 
 def split_methods(text: str) -> list[str]:
     """`a:x=1,y=2,b` -> [`a:x=1,y=2`, `b`]: `y=2` is one more option of the method before."""
-    methods: list[str] = []
-    for piece in text.split(","):
-        if methods and "=" in piece.split(":")[0]:
-            methods[-1] += "," + piece
-        else:
-            methods.append(piece)
-    return methods
+    return re.split(r",(?!\w+=)", text)
 
 
 def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -185,10 +167,8 @@ def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             )
         if len(set(a.methods)) < max(2, len(a.methods)):
             parser.error(f"--compare {a.compare}: give two or more different methods, with commas")
-        if a.prompt is None:
-            parser.error("--compare asks one question of several methods: give -p TEXT")
-    if a.report is not None and a.prompt is None:
-        parser.error("--report shows one question and a chat has many: give -p TEXT")
+    if a.prompt is None and (a.compare or a.report):
+        parser.error("--compare and --report are for one question: give -p TEXT")
     if a.prompt is None and not sys.stdin.isatty():
         parser.error("no prompt: give -p TEXT, or -p - to read it from standard input")
     if a.prompt is None and a.json:
@@ -335,29 +315,6 @@ def main(argv: list[str] | None = None) -> int:
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
-def fault(e: Exception) -> tuple[int, str]:
-    """The exit code for what went wrong, and one line that says what."""
-    code, sentence = 1, f"{type(e).__name__}: {e} (--verbose shows where)"
-    if isinstance(e, ZipvlError):
-        code, sentence = e.code, str(e)
-    if code != 3 and (reason := memory_ended(e)):
-        advice = "give the process more, or use fewer --frames, --dtype bfloat16 or a smaller model"
-        code, sentence = 3, f"out of memory ({reason}): {advice}"
-    return code, sentence.replace("\n", " ")
-
-
-def memory_ended(e: BaseException | None) -> str:
-    """How `e`, or an error that led to it, says that memory ended; "" where none does."""
-    named = isinstance(e, ZipvlError)  # a file: FFmpeg lacks memory for any header too large
-    while e:
-        what, home = f"{type(e).__name__}: {e}", type(e).__module__
-        doubtful = named and home == "av.error" and isinstance(e, MemoryError)
-        if home != "zipvl.errors" and not doubtful and NO_MEMORY.search(what):
-            return what.strip(": ")
-        e = e.__cause__ or e.__context__
-    return ""
-
-
 class Session:
     """One engine, its media and options, asked once or in a chat."""
 
@@ -428,75 +385,16 @@ class Session:
     def ask(self, prompt: str) -> int:
         """One question; returns the exit code."""
         a, inputs = self.args, self.prepare(prompt)
-        if not a.compare:
-            trials = [Trial(a.methods[0], self.answer(inputs, self.policies[0], silent=a.json))]
-        else:
-            trials = self.compare(inputs)
+        if a.compare or a.report:
+            from .compare import study
+
+            return study(a, self.engine, self.policies, self.answer, prompt, inputs)
+        result = self.answer(inputs, self.policies[0], silent=a.json)
         if a.json:
-            said = [as_json(self.engine, inputs, trial, a.model, a.seed) for trial in trials]
-            print(json.dumps({"runs": said} if a.compare else said[0]), flush=True)
-        elif a.compare:
-            print(answers(trials), end="", flush=True)
-        if a.compare and not a.quiet:
-            say(table(trials))
-        done = [trial.result for trial in trials if trial.result]
+            print(json.dumps(as_json(self.engine, inputs, result, a.model, a.seed)), flush=True)
         if a.stats:
-            for result in done:
-                say(summary(result.stats))
-        interrupted = any(result.finish_reason == "interrupted" for result in done)
-        if a.report and not interrupted:
-            self.report(prompt, inputs, trials)
-        return 130 if interrupted else int(len(done) < len(trials))
-
-    def compare(self, inputs: Inputs) -> list[Trial]:
-        """What each method made of `inputs`; where one fails, the others run.
-
-        Media are encoded before, once, and a first prefill that nobody times wakes up what sleeps:
-        threads, memory, kernels. Ctrl-C leaves out the methods behind it.
-        """
-        began, trials = time.perf_counter(), list[Trial]()
-        self.engine.encode(inputs)
-        inputs.vision_seconds += time.perf_counter() - began
-        self.engine.prefill([inputs], self.policies[0], 1, {})
-        for method, policy in zip(self.args.methods, self.policies, strict=True):
-            if not self.args.quiet:
-                say(f"{len(trials) + 1} of {len(self.policies)}: {policy!r}")
-            try:
-                result = self.answer(inputs, policy, silent=True)
-            except Exception as e:
-                if self.args.verbose:
-                    raise
-                trials.append(Trial(method, None, fault(e)[1]))
-                continue
-            trials.append(Trial(method, result))
-            if result.finish_reason == "interrupted":
-                break
-        return trials
-
-    def report(self, prompt: str, inputs: Inputs, trials: list[Trial]) -> None:
-        """Writes the page; videos too long to be held as pixels are read again for it."""
-        from .engine.engine import FRAMES
-        from .page import content, write_page
-        from .vision.video import Reading
-
-        a, engine = self.args, self.engine
-        frames = a.frames or (FRAMES if a.fps is None else None)
-        videos = [
-            None if len(m.crops) else Reading(v, frames, a.fps, a.start, a.end, reader=a.reader)
-            for v, m in zip(a.video, (m for m in inputs.media if m.clip), strict=True)
-        ]
-        settings = {
-            "command": shlex.join(["zipvl", *a.argv]),
-            "files": ", ".join([*a.video, *a.image]) or "none",
-            "checkpoint": a.model or "bundled demo",
-            "seed": str(a.seed),
-        }
-        page = content(
-            engine, inputs, prompt, trials, self.policies, videos, a.max_new_tokens, settings
-        )
-        write_page(Path(a.report), page)
-        if not a.quiet:
-            say(f"report: {a.report}")
+            say(summary(result.stats))
+        return 130 if result.finish_reason == "interrupted" else 0
 
     def chat(self) -> int:
         """Questions about the same media until /quit or end of input."""
@@ -543,14 +441,3 @@ class Session:
             asked = [*self.talk, {"role": "user", "content": line}]
             self.last = self.answer(self.prepare(asked), self.policies[0], silent=False)
             self.talk = [*asked, {"role": "assistant", "content": self.last.text}]
-
-
-def read_line() -> str:
-    """A line from the user; the prompt goes to stderr when stdout is not the terminal."""
-    if sys.stdout.isatty():
-        return input("> ").strip()
-    print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.strip()

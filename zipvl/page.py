@@ -76,8 +76,11 @@ class Panel:
     box: tuple[
         float, float, float, float
     ]  # where the grid lies on the picture: y, x, height, width
-    labels: list[str]  # [n]
+    shown: np.ndarray  # int64 [n], which frames of all these are
+    labels: list[str]  # of all
     pictures: list[Image.Image]  # [n], or none
+    frame: np.ndarray  # int64 [m], of each token of all
+    place: np.ndarray  # int64 [m], and where in the prompt it is
 
 
 def places(medium: Media, config: ModelConfig) -> np.ndarray:
@@ -118,7 +121,7 @@ def panels(inputs: Inputs, config: ModelConfig, videos: list[Reading | None]) ->
             shown = np.linspace(0, len(times) - 1, min(MOST, len(times)), dtype=int)
             some = "" if len(shown) == len(times) else f", {len(shown)} shown"
             title = f"Video {number}: {len(times)} frames{some}"
-            labels = [f"{times[i] // 60:.0f}:{times[i] % 60:04.1f}" for i in shown]
+            labels = [f"{t // 60:.0f}:{t % 60:04.1f}" for t in times]
             pictures = [crops[i] for i in shown] if len(crops) else again(reading, shown)
             out.append(panel(title, spots, mine, shown, labels, pictures))
         else:
@@ -129,9 +132,9 @@ def panels(inputs: Inputs, config: ModelConfig, videos: list[Reading | None]) ->
                         crops[1:].reshape(rows, cols, *crops.shape[1:]).swapaxes(1, 2)
                         .reshape(rows * crops.shape[1], cols * crops.shape[2], 3)
                     )  # fmt: skip
-                    which = np.array([surface])
+                    spots_here = spots - np.array([surface, 0, 0])
                     name = f"Picture {number}, {title}"
-                    out.append(panel(name, spots, mine, which, [title], [picture]))
+                    out.append(panel(name, spots_here, mine, np.array([0]), [title], [picture]))
     return out
 
 
@@ -152,7 +155,22 @@ def panel(title: str, spots: np.ndarray, mine: np.ndarray, shown: np.ndarray, la
     small = [Image.fromarray(picture) for picture in pictures]
     for picture in small:
         picture.thumbnail((SIDE, SIDE) if len(small) > 1 else (6 * SIDE, 6 * SIDE))
-    return Panel(title, tokens, box, labels, small)
+    known = (spots[:, 0] >= 0) & (spots[:, 0] < len(labels))
+    frame, place = spots[known, 0].astype(int), mine[known]
+    return Panel(title, tokens, box, shown, labels, small, frame, place)
+
+
+def looks(p: Panel, looked: np.ndarray) -> dict[str, Any]:
+    """Bars of the attention that each of a panel's frames gets, and where most of it goes."""
+    mass = np.bincount(p.frame, looked[p.place], len(p.labels))
+    starts = np.linspace(0, len(mass), min(BINS, len(mass)), endpoint=False).astype(int)
+    return {
+        "total": float(f"{mass.sum():.4f}"),
+        "bins": [float(f"{m:.3g}") for m in np.add.reduceat(mass, starts)],
+        "labels": [p.labels[i] for i in starts],
+        "sheets": (np.searchsorted(p.shown, starts) // SHEET).tolist(),
+        "top": [p.labels[i] for i in sorted(np.argsort(-mass)[:3])],
+    }
 
 
 def again(reading: Reading | None, shown: np.ndarray) -> list[np.ndarray]:
@@ -188,8 +206,7 @@ def sheets(pictures: list[Image.Image]) -> list[str]:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def method(trial: Trial, seen: Watched, first: Trial, shown: list[Panel],
-           visual: np.ndarray) -> dict[str, Any]:  # fmt: skip
+def method(trial: Trial, seen: Watched, first: Trial, shown: list[Panel]) -> dict[str, Any]:
     """One method's part of the page."""
     assert trial.result is not None
     assert first.result is not None
@@ -198,11 +215,6 @@ def method(trial: Trial, seen: Watched, first: Trial, shown: list[Panel],
     kept = seen.attended if chose else seen.cached
     cells = np.concatenate([p.tokens.flatten() for p in shown]) if shown else np.zeros(0, int)
     bits = np.packbits(kept[:, cells] & (cells >= 0), axis=1, bitorder="little")
-    looks, frames = [], 0.0
-    for p in shown:
-        mass = np.where(p.tokens >= 0, seen.looked[p.tokens], 0).sum((1, 2))
-        looks.append([float(f"{m:.3g}") for m in mass])
-        frames += float(mass.sum())
     return {
         "name": trial.method,
         "settings": stats.method,
@@ -212,8 +224,7 @@ def method(trial: Trial, seen: Watched, first: Trial, shown: list[Panel],
         "what": "took part in attention" if chose else "stay in the cache",
         "bits": [base64.b64encode(row.tobytes()).decode() for row in bits],
         "share": [float(f"{row.mean():.4f}") for row in kept],
-        "looks": looks,
-        "media": float(f"{seen.looked[visual].sum():.4f}"),
+        "looks": [looks(p, seen.looked) for p in shown],
         "seconds": {k: round(v, 4) for k, v in stats.seconds.items()},
         "rate": round(stats.decode_rate, 1),
         "kept": round(stats.ratio, 4),
@@ -228,18 +239,18 @@ def content(engine: Engine, inputs: Inputs, question: str, trials: list[Trial],
             policies: list[Policy], videos: list[Reading | None], new: int,
             settings: dict[str, str]) -> dict[str, Any]:  # fmt: skip
     """All that the page shows. `policies` made the trials, of at most `new` tokens."""
-    shown, visual = panels(inputs, engine.config, videos), inputs.is_visual.numpy()
+    shown = panels(inputs, engine.config, videos)
     done = [trial for trial in trials if trial.result and trial.result.stats.layers]
     parts = []
     for trial, policy in zip(trials, policies, strict=False):
         if trial not in done:
             parts.append({"name": trial.method, "fault": trial.fault or "interrupted"})
             continue
-        parts.append(method(trial, watch(engine, inputs, policy, new), done[0], shown, visual))
+        parts.append(method(trial, watch(engine, inputs, policy, new), done[0], shown))
     return {
         "question": question,
         "tokens": len(inputs),
-        "visual": int(visual.sum()),
+        "visual": int(inputs.is_visual.sum()),
         "layers": engine.config.text.num_layers,
         "methods": parts,
         "panels": [
@@ -247,14 +258,13 @@ def content(engine: Engine, inputs: Inputs, question: str, trials: list[Trial],
                 "title": p.title,
                 "shape": p.tokens.shape,
                 "box": [round(v, 4) for v in p.box],
-                "labels": p.labels,
+                "labels": [p.labels[i] for i in p.shown],
                 "size": p.pictures[0].size if p.pictures else (SIDE, SIDE),
                 "sheets": sheets(p.pictures),
             }
             for p in shown
         ],
         "sheet": (SHEET, ACROSS),
-        "bins": BINS,
         "warnings": inputs.warnings,
         "settings": settings
         | {

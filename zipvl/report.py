@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import printable
+from .errors import REFUSAL, ZipvlError, printable
 
 if TYPE_CHECKING:
     from .engine.engine import Engine, Result
@@ -33,6 +34,10 @@ class Trial:
     fault: str = ""  # what went wrong, in a sentence
 
 
+NO_MEMORY = re.compile(  # what else libraries say when memory ends; threads need it, too
+    rf"{REFUSAL.pattern}|MemoryError|bad_alloc|[Cc]annot allocate memory|failed to map segment|"
+    "start new thread|temporarily unavailable|error return without exception set"
+)
 EVERY = 10.0  # seconds from one line of progress to the next
 
 
@@ -56,6 +61,40 @@ def plain(text: str) -> str:
 def say(text: str = "") -> None:
     """A line on stderr."""
     print(plain(text), file=sys.stderr, flush=True)
+
+
+def read_line() -> str:
+    """A line from the user; the prompt goes to stderr when stdout is not the terminal."""
+    if sys.stdout.isatty():
+        return input("> ").strip()
+    print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.strip()
+
+
+def fault(e: Exception) -> tuple[int, str]:
+    """The exit code for what went wrong, and one line that says what."""
+    code, sentence = 1, f"{type(e).__name__}: {e} (--verbose shows where)"
+    if isinstance(e, ZipvlError):
+        code, sentence = e.code, str(e)
+    if code != 3 and (reason := memory_ended(e)):
+        advice = "give the process more, or use fewer --frames, --dtype bfloat16 or a smaller model"
+        code, sentence = 3, f"out of memory ({reason}): {advice}"
+    return code, sentence.replace("\n", " ")
+
+
+def memory_ended(e: BaseException | None) -> str:
+    """How `e`, or an error that led to it, says that memory ended; "" where none does."""
+    named = isinstance(e, ZipvlError)  # a file: FFmpeg lacks memory for any header too large
+    while e:
+        what, home = f"{type(e).__name__}: {e}", type(e).__module__
+        doubtful = named and home == "av.error" and isinstance(e, MemoryError)
+        if home != "zipvl.errors" and not doubtful and NO_MEMORY.search(what):
+            return what.strip(": ")
+        e = e.__cause__ or e.__context__
+    return ""
 
 
 @contextmanager
@@ -119,43 +158,6 @@ def summary(stats: Stats) -> str:
     return "\n".join([*lines, *hints(stats)])
 
 
-def answers(trials: list[Trial]) -> str:
-    """The answer, where all methods that came to one agree; else each method's in a line."""
-    given = {trial.method: trial.result.text for trial in trials if trial.result}
-    if len(set(given.values())) == 1:
-        return next(iter(given.values())) + "\n"
-    return "".join(f"{method}: {text}\n" for method, text in given.items())
-
-
-def table(trials: list[Trial]) -> str:
-    """A line a method: whether its answer is the first one's, its seconds, shares and bytes."""
-    wide = max(len(trial.method) for trial in trials)
-    first = next((trial.result for trial in trials if trial.result), None)
-    read = first.stats.seconds if first else {}
-    lines = [
-        f"read in {read.get('video', 0):.2f} s and encoded in {read.get('vision', 0):.2f} s, once; "
-        "cache and peak in MiB",
-        f"{'':{wide}}  answer        prefill  1st token   decode    kept    work          cache"
-        "    peak",
-    ]
-    for trial in trials:
-        if trial.result is None:
-            lines.append(f"{trial.method:{wide}}  failed: {trial.fault}")
-            continue
-        s = trial.result.stats
-        if not s.layers:
-            lines.append(f"{trial.method:{wide}}  interrupted in the prefill")
-            continue
-        share = s.kv_bytes / max(1, s.kv_bytes_dense)
-        lines.append(
-            f"{trial.method:{wide}}  {agreement(trial, first):10}{s.seconds['prefill']:9.3f} s"
-            f"{s.seconds['first_token']:9.3f} s{s.decode_rate:7.1f}/s{s.ratio:8.1%}"
-            f"{s.prefill_work:8.1%}{s.kv_bytes / 2**20:9.2f} {share:4.0%}"
-            f"{s.peak_memory / 2**20:8.0f}"
-        )
-    return "\n".join(lines)
-
-
 def agreement(trial: Trial, first: Result | None) -> str:
     """Whether a trial's tokens are those of the first result."""
     assert trial.result is not None
@@ -202,19 +204,15 @@ def hints(stats: Stats) -> Iterator[str]:
 
 
 def as_json(
-    engine: Engine, inputs: Inputs, trial: Trial, model: str | None, seed: int
+    engine: Engine, inputs: Inputs, result: Result, model: str | None, seed: int
 ) -> dict[str, Any]:
     """The run as plain JSON; `stats` is null when Ctrl-C ended it before all layers were through.
-    Of a method that failed the name and what went wrong.
 
     `model` is the name it was asked for (None: the demo), `seed` that of the sampling.
     """
     import torch
 
-    if (result := trial.result) is None:
-        return {"method": trial.method, "error": trial.fault}
     return {
-        "method": trial.method,
         "text": result.text,
         "finish_reason": result.finish_reason,
         "tokens": result.tokens,
