@@ -164,15 +164,7 @@ def test_json(cli: Cli) -> None:
     assert code == 0
     assert out.count("\n") == 1
     run = strict_json(out)
-    assert set(run) == {
-        "text",
-        "finish_reason",
-        "tokens",
-        "usage",
-        "stats",
-        "warnings",
-        "env",
-    }
+    assert set(run) == {"text", "finish_reason", "tokens", "usage", "stats", "warnings", "env"}
     usage = run["usage"]
     assert usage["completion_tokens"] == len(run["tokens"]) == run["stats"]["new_tokens"] == 6
     assert usage["total_tokens"] == usage["prompt_tokens"] + 6

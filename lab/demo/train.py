@@ -24,7 +24,6 @@ from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 
 from ..command import Parser, ended
-from . import tiles
 from .backgrounds import bundled, gradients, noise
 from .bank import Bank, build
 from .checkpoint import PATCH, SIDE, tokenizer, write_plain, write_weights
@@ -193,6 +192,8 @@ def work(argv: list[str] | None) -> None:
     torch.set_num_threads(1)  # two seeds run side by side; no result depends on how many cores
     torch.manual_seed(0)
     if not (a.cache / "tiles.pt").exists():
+        from . import tiles  # needs PyAV, which training does not
+
         torch.save(tiles.make(a.cache)[0], a.cache / "tiles.pt")
     model, rng = VLM(read_config(folder)), torch.Generator().manual_seed(3)
     photos = torch.load(a.cache / "tiles.pt")
