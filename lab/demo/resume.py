@@ -42,7 +42,7 @@ class Stage:
         Returns whether the stage is at its end.
         """
         begin, spent = self.load()
-        end = self.steps if stop is None else min(stop, self.steps)
+        end = self.steps if stop is None else max(begin, min(stop, self.steps))
         start = saved = time.monotonic()
         with (self.folder / f"{self.name}.jsonl").open("a", encoding="utf-8") as log:
             for number in tqdm(range(begin, end), self.name, self.steps, initial=begin,
