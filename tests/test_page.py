@@ -68,6 +68,17 @@ def test_watched_methods_keep_what_the_run_counted(engine: Engine, method: str) 
     assert seen.looked.sum() == pytest.approx(1, abs=1e-5)
 
 
+def test_what_a_method_trims_later_is_not_in_its_cache(engine: Engine) -> None:
+    class Trims(zipvl.Policy):
+        def trim(self, layer: int, notes: zipvl.policy.Notes) -> dict[int, torch.Tensor]:
+            return {0: torch.arange(5)} if layer == 1 else {}
+
+    inputs = engine.prepare("What comes first?", video=zipvl.demo_clip(), frames=4)
+    seen = page.watch(engine, inputs, Trims(), 4)
+    assert seen.cached.sum(1).tolist() == [5] + 7 * [len(inputs)]
+    assert seen.cached[0, :5].all()
+
+
 def test_the_last_token_looks_as_dense_attention_does(engine: Engine) -> None:
     inputs = engine.prepare("What comes first?", video=zipvl.demo_clip(), frames=4)
     seen = page.watch(engine, inputs, load_policy("dense"), 4)

@@ -42,15 +42,15 @@ class Watched(Policy):
     """A method that runs as it does, and what it chose."""
 
     def __init__(self, method: Policy, layers: int, tokens: int):
-        self.method, self.start, self.storage = method, method.start, method.storage
+        self.method, self.start, self.trim = method, method.start, method.trim
+        self.storage = method.storage
         self.attended, self.cached = np.zeros((2, layers, tokens), dtype=bool)
         self.looked = np.zeros(tokens)  # attention of the last token, mean over layers and heads
 
     def plan(self, view: View) -> Plan:
         plan, at = self.method.plan(view), view.positions.cpu().numpy()
-        for index, row in ((plan.attend, self.attended), (plan.cache, self.cached)):
-            chosen = slice(None) if index is None else index.flatten().cpu().numpy()
-            row[view.layer, at[chosen]] = True
+        chosen = slice(None) if plan.attend is None else plan.attend.cpu().numpy()
+        self.attended[view.layer, at[chosen]] = True
         last = torch.tensor([view.length - 1])
         self.looked[at] += view.mass(last).mean(0).cpu().numpy() / view.num_layers
         return plan
@@ -60,7 +60,10 @@ class Watched(Policy):
 def watch(engine: Engine, inputs: Inputs, policy: Policy, new: int) -> Watched:
     """What `policy` keeps of `inputs` where at most `new` tokens follow."""
     seen = Watched(policy, engine.config.text.num_layers, len(inputs))
-    engine.prefill([inputs], seen, None, {}, engine.take_notes([inputs], policy, new))
+    notes = engine.take_notes([inputs], policy, new)
+    out = engine.prefill([inputs], seen, 1, {}, notes, ends=True)
+    for row, cache in zip(seen.cached, out.caches, strict=True):
+        row[cache.places(0).flatten().cpu().numpy()] = True  # of several heads' choices the union
     return seen
 
 
