@@ -5,6 +5,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -255,15 +256,41 @@ def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert ask(capsys, "-q", "--json", "--report", str(path)) == (0, "")
 
 
-@pytest.mark.parametrize("where", ["", "no/such/page.html"])
-def test_a_place_that_cannot_be_written_is_told_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ("", "cannot be written: name a file in a folder"),
+        ("no/such/page.html", "cannot be written: name a file in a folder"),
+        ("clip.mp4/page.html", "cannot be written: name a file in a folder"),
+        ("pipe.html", "cannot be written: name a file in a folder"),
+        ("clip.mp4", "a page is a file whose name ends in .html"),
+    ],
+)
+def test_a_place_for_no_page_is_told_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    where: str, sentence: str,
+) -> None:  # fmt: skip
     monkeypatch.setattr("zipvl.engine.load.load", None)
+    (tmp_path / "clip.mp4").write_bytes(b"film")
+    os.mkfifo(tmp_path / "pipe.html")
     code, err = ask(capsys, "--report", str(tmp_path / where))
     assert code == 2
-    assert "cannot be written: name a file in a folder" in err
+    assert sentence in err
     assert err.count("\n") == 1
+    assert (tmp_path / "clip.mp4").read_bytes() == b"film"
+
+
+def test_a_link_to_a_page_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    link, page_there = tmp_path / "link.html", tmp_path / "pages" / "page.html"
+    link.symlink_to(page_there)
+    page.write_page(link, {"question": "What?"})
+    assert link.is_symlink()
+    assert '"What?"' in page_there.read_text()
+    with pytest.raises(zipvl.errors.ZipvlError, match=r"gone.page.html cannot be written: No such"):
+        page.write_page(tmp_path / "gone" / "page.html", {})
+    with pytest.raises(zipvl.errors.ZipvlError, match=r"cannot be written: File name too long"):
+        page.write_page(tmp_path / ("a" * 300 + ".html"), {})
 
 
 # --- in a browser -----------------------------------------------------------------------------

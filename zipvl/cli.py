@@ -226,12 +226,22 @@ def check_media(a: argparse.Namespace) -> None:
     for path in a.image:
         check_image(path)
     if a.report is not None:
-        page = Path(a.report)
-        if page.is_dir() or not os.access(page.parent, os.W_OK):
-            raise UsageError(
-                f"--report {a.report} cannot be written: name a file in a folder that is there and "
-                "may be written to"
-            )
+        check_report(a.report)
+
+
+def check_report(path: str) -> None:
+    """Only a page is ever replaced: no video, no device, no pipe."""
+    page, fits = Path(path), False
+    with suppress(OSError):  # of a name that is too long
+        regular = page.is_file() or not page.exists()
+        fits = regular and page.parent.is_dir() and os.access(page.parent, os.W_OK)
+    if not fits:
+        raise UsageError(
+            f"--report {path} cannot be written: name a file in a folder that is there and may be "
+            "written to"
+        )
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report {path}: a page is a file whose name ends in .html")
 
 
 def check_prompt(a: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,10 +290,13 @@ def write_page(path: Path, page: dict[str, Any]) -> None:
     """
     data = json.dumps(page).replace("<", "\\u003c")  # no text can end the script that holds it
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    fresh = path.with_name(path.name + ".new")
+    place = Path(os.path.realpath(path))  # a link stays one
+    fresh = place.with_name(f".zipvl-report-{os.getpid()}")
     try:
         fresh.write_text(text.replace("{}/*DATA*/", data), encoding="utf-8")
-        os.replace(fresh, path)
+        os.replace(fresh, place)
     except OSError as e:
-        fresh.unlink(missing_ok=True)
         raise ZipvlError(f"{path} cannot be written: {e.strerror or e}") from e
+    finally:
+        with suppress(OSError):
+            fresh.unlink()
