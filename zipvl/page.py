@@ -30,6 +30,7 @@ from .engine.inputs import Inputs, Media
 from .errors import ZipvlError
 from .policy import Plan, Policy, View
 from .report import Trial, agreement
+from .vision.image import fit_frame
 from .vision.merge import merge_image, merge_video, pool_frames
 from .vision.video import Reading
 
@@ -126,7 +127,7 @@ def panels(inputs: Inputs, config: ModelConfig, videos: list[Reading | None]) ->
             some = "" if len(shown) == len(times) else f", {len(shown)} shown"
             title = f"Video {number}: {len(times)} frames{some}"
             labels = [f"{t // 60:.0f}:{t % 60:04.1f}" for t in times]
-            pictures = [crops[i] for i in shown] if len(crops) else again(reading, shown)
+            pictures = [crops[i] for i in shown] if len(crops) else again(reading, shown, config)
             out.append(panel(title, spots, mine, shown, labels, pictures))
         else:
             rows, cols = (medium.geometry.rows, medium.geometry.cols) if medium.geometry else (0, 0)
@@ -177,15 +178,16 @@ def looks(p: Panel, looked: np.ndarray) -> dict[str, Any]:
     }
 
 
-def again(reading: Reading | None, shown: np.ndarray) -> list[np.ndarray]:
-    """The frames number `shown` of a video, small, read once more; none where it is no file."""
+def again(reading: Reading | None, shown: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+    """The frames number `shown` of a video as the tower saw them, small, read once more; none where
+    it is no file."""
     small: dict[int, np.ndarray] = {}
     wanted = set(shown.tolist())
     for frames in reading or ():
         small.clear()
         for number, frame in enumerate(frames):
             if number in wanted:
-                picture = Image.fromarray(frame)
+                picture = Image.fromarray(fit_frame(frame, config.media))
                 picture.thumbnail((SIDE, SIDE))
                 small[number] = np.asarray(picture)
     return [small[i] for i in sorted(small)] if len(small) == len(shown) else []
