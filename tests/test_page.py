@@ -181,6 +181,20 @@ def test_long_videos_are_thinned_and_read_again(engine: Engine, tmp_path: Path) 
     assert plain.pictures == []  # nothing to read again: cells without pictures
 
 
+def test_a_video_read_again_shows_what_the_tower_saw(oracle: Callable) -> None:
+    """CLIP's processor cuts the middle out of a wide frame: the cells lie over that middle."""
+    model = zipvl.load(oracle("llava").folder, device="cpu", dtype="float32")
+    assert model.config.media.resize == "crop"
+    frames = np.zeros((2, 40, 120, 3), dtype=np.uint8)
+    frames[:, :, :30] = frames[:, :, 90:] = 255  # white edges, which it never sees
+    inputs = model.prepare("What?", video=frames)
+    shown = np.array([0, 1])
+    small = page.again(Reading(frames, None), shown, model.config)
+    assert [picture.max() for picture in small] == [0, 0]
+    held = page.panels(inputs, model.config, [None])[0].pictures
+    assert [picture.size for picture in held] == [picture.shape[1::-1] for picture in small]
+
+
 # --- the file ---------------------------------------------------------------------------------
 
 
@@ -363,6 +377,28 @@ def test_hostile_text_stays_text(tab: Any) -> None:
     assert tab.title() == "zipvl report"
     assert "it broke: </script>" in tab.inner_text("main")
     assert tab.evaluate("document.querySelectorAll('b').length") == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "sliders", "says"),
+    [
+        ("zipvl-stream:tau=0.5,always=last", ["layer"], "Tokens that took part in attention"),
+        ("dense", [], "Keeps all tokens in every layer."),
+    ],
+)
+def test_text_alone(engine: Engine, shown: Path, tmp_path: Path, method: str,
+                    sliders: list[str], says: str) -> None:  # fmt: skip
+    """Bars by layer without pictures, and no slider where there is nothing to slide."""
+    page.write_page(
+        tmp_path / "page.html", gathered(engine, engine.prepare("Tell me. " * 100), [method])
+    )
+    with opened(tmp_path / "page.html") as tab:
+        assert tab.evaluate("[...document.querySelectorAll('input')].map(i => i.id)") == sliders
+        assert says in tab.inner_text("main")
+        assert tab.evaluate("document.querySelectorAll('.layers span').length") == 8
+        assert tab.evaluate("document.querySelectorAll('canvas').length") == 0
+        tab.evaluate("document.querySelectorAll('.layers span')[3].click()")
+        assert tab.evaluate("document.querySelectorAll('.layers span.now').length") == 1
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
