@@ -231,17 +231,12 @@ def check_media(a: argparse.Namespace) -> None:
 
 def check_report(path: str) -> None:
     """Only a page is ever replaced: no video, no device, no pipe."""
-    page, fits = Path(path), False
-    with suppress(OSError):  # of a name that is too long
-        regular = page.is_file() or not page.exists()
-        fits = regular and page.parent.is_dir() and os.access(page.parent, os.W_OK)
-    if not fits:
+    folder = os.path.join(os.path.dirname(path), ".")  # a file has no dot
+    odd = os.path.exists(path) and not os.path.isfile(path)
+    if odd or not os.access(folder, os.W_OK) or not path.lower().endswith((".html", ".htm")):
         raise UsageError(
-            f"--report {path} cannot be written: name a file in a folder that is there and may be "
-            "written to"
+            f"--report {path} cannot be written: name an .html file in a folder you may write to"
         )
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--report {path}: a page is a file whose name ends in .html")
 
 
 def check_prompt(a: argparse.Namespace) -> None:
