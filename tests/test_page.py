@@ -5,6 +5,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,17 @@ def test_watched_methods_keep_what_the_run_counted(engine: Engine, method: str) 
         assert row.sum() >= layer["cached"]  # of several heads' choices the union
         assert row.sum() <= layer["tokens"]
     assert seen.looked.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_what_a_method_trims_later_is_not_in_its_cache(engine: Engine) -> None:
+    class Trims(zipvl.Policy):
+        def trim(self, layer: int, notes: zipvl.policy.Notes) -> dict[int, torch.Tensor]:
+            return {0: torch.arange(5)} if layer == 1 else {}
+
+    inputs = engine.prepare("What comes first?", video=zipvl.demo_clip(), frames=4)
+    seen = page.watch(engine, inputs, Trims(), 4)
+    assert seen.cached.sum(1).tolist() == [5] + 7 * [len(inputs)]
+    assert seen.cached[0, :5].all()
 
 
 def test_the_last_token_looks_as_dense_attention_does(engine: Engine) -> None:
@@ -169,6 +181,20 @@ def test_long_videos_are_thinned_and_read_again(engine: Engine, tmp_path: Path) 
     assert plain.pictures == []  # nothing to read again: cells without pictures
 
 
+def test_a_video_read_again_shows_what_the_tower_saw(oracle: Callable) -> None:
+    """CLIP's processor cuts the middle out of a wide frame: the cells lie over that middle."""
+    model = zipvl.load(oracle("llava").folder, device="cpu", dtype="float32")
+    assert model.config.media.resize == "crop"
+    frames = np.zeros((2, 40, 120, 3), dtype=np.uint8)
+    frames[:, :, :30] = frames[:, :, 90:] = 255  # white edges, which it never sees
+    inputs = model.prepare("What?", video=frames)
+    shown = np.array([0, 1])
+    small = page.again(Reading(frames, None), shown, model.config)
+    assert [picture.max() for picture in small] == [0, 0]
+    held = page.panels(inputs, model.config, [None])[0].pictures
+    assert [picture.size for picture in held] == [picture.shape[1::-1] for picture in small]
+
+
 # --- the file ---------------------------------------------------------------------------------
 
 
@@ -244,15 +270,34 @@ def test_the_option(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert ask(capsys, "-q", "--json", "--report", str(path)) == (0, "")
 
 
-@pytest.mark.parametrize("where", ["", "no/such/page.html"])
-def test_a_place_that_cannot_be_written_is_told_first(
+@pytest.mark.parametrize(
+    "where", ["", "no/such/page.html", "clip.mp4/page.html", "pipe.html", "folder.html", "clip.mp4"]
+)
+def test_a_place_for_no_page_is_told_first(
     tmp_path: Path, capsys: pytest.CaptureFixture, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zipvl.engine.load.load", None)
+    (tmp_path / "clip.mp4").write_bytes(b"film")
+    (tmp_path / "folder.html").mkdir()
+    os.mkfifo(tmp_path / "pipe.html")
     code, err = ask(capsys, "--report", str(tmp_path / where))
     assert code == 2
-    assert "cannot be written: name a file in a folder" in err
+    assert "cannot be written: name an .html file" in err
     assert err.count("\n") == 1
+    assert (tmp_path / "clip.mp4").read_bytes() == b"film"
+
+
+def test_a_link_to_a_page_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    link, page_there = tmp_path / "link.html", tmp_path / "pages" / "page.html"
+    link.symlink_to(page_there)
+    page.write_page(link, {"question": "What?"})
+    assert link.is_symlink()
+    assert '"What?"' in page_there.read_text()
+    with pytest.raises(zipvl.errors.ZipvlError, match=r"gone.page.html cannot be written: No such"):
+        page.write_page(tmp_path / "gone" / "page.html", {})
+    with pytest.raises(zipvl.errors.ZipvlError, match=r"cannot be written: File name too long"):
+        page.write_page(tmp_path / ("a" * 300 + ".html"), {})
 
 
 # --- in a browser -----------------------------------------------------------------------------
@@ -325,6 +370,28 @@ def test_hostile_text_stays_text(tab: Any) -> None:
     assert tab.title() == "zipvl report"
     assert "it broke: </script>" in tab.inner_text("main")
     assert tab.evaluate("document.querySelectorAll('b').length") == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "sliders", "says"),
+    [
+        ("zipvl-stream:tau=0.5,always=last", ["layer"], "Tokens that took part in attention"),
+        ("dense", [], "Keeps all tokens in every layer."),
+    ],
+)
+def test_text_alone(engine: Engine, shown: Path, tmp_path: Path, method: str,
+                    sliders: list[str], says: str) -> None:  # fmt: skip
+    """Bars by layer without pictures, and no slider where there is nothing to slide."""
+    page.write_page(
+        tmp_path / "page.html", gathered(engine, engine.prepare("Tell me. " * 100), [method])
+    )
+    with opened(tmp_path / "page.html") as tab:
+        assert tab.evaluate("[...document.querySelectorAll('input')].map(i => i.id)") == sliders
+        assert says in tab.inner_text("main")
+        assert tab.evaluate("document.querySelectorAll('.layers span').length") == 8
+        assert tab.evaluate("document.querySelectorAll('canvas').length") == 0
+        tab.evaluate("document.querySelectorAll('.layers span')[3].click()")
+        assert tab.evaluate("document.querySelectorAll('.layers span.now').length") == 1
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])

@@ -226,12 +226,17 @@ def check_media(a: argparse.Namespace) -> None:
     for path in a.image:
         check_image(path)
     if a.report is not None:
-        page = Path(a.report)
-        if page.is_dir() or not os.access(page.parent, os.W_OK):
-            raise UsageError(
-                f"--report {a.report} cannot be written: name a file in a folder that is there and "
-                "may be written to"
-            )
+        check_report(a.report)
+
+
+def check_report(path: str) -> None:
+    """Only a page is ever replaced: no video, no device, no pipe."""
+    folder = os.path.join(os.path.dirname(path), ".")  # a file has no dot
+    odd = os.path.exists(path) and not os.path.isfile(path)
+    if odd or not os.access(folder, os.W_OK) or not path.lower().endswith((".html", ".htm")):
+        raise UsageError(
+            f"--report {path} cannot be written: name an .html file in a folder you may write to"
+        )
 
 
 def check_prompt(a: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .engine.inputs import Inputs, Media
 from .errors import ZipvlError
 from .policy import Plan, Policy, View
 from .report import Trial, agreement
+from .vision.image import fit_frame
 from .vision.merge import merge_image, merge_video, pool_frames
 from .vision.video import Reading
 
@@ -42,15 +44,15 @@ class Watched(Policy):
     """A method that runs as it does, and what it chose."""
 
     def __init__(self, method: Policy, layers: int, tokens: int):
-        self.method, self.start, self.storage = method, method.start, method.storage
+        self.method, self.start, self.trim = method, method.start, method.trim
+        self.storage = method.storage
         self.attended, self.cached = np.zeros((2, layers, tokens), dtype=bool)
         self.looked = np.zeros(tokens)  # attention of the last token, mean over layers and heads
 
     def plan(self, view: View) -> Plan:
         plan, at = self.method.plan(view), view.positions.cpu().numpy()
-        for index, row in ((plan.attend, self.attended), (plan.cache, self.cached)):
-            chosen = slice(None) if index is None else index.flatten().cpu().numpy()
-            row[view.layer, at[chosen]] = True
+        chosen = slice(None) if plan.attend is None else plan.attend.cpu().numpy()
+        self.attended[view.layer, at[chosen]] = True
         last = torch.tensor([view.length - 1])
         self.looked[at] += view.mass(last).mean(0).cpu().numpy() / view.num_layers
         return plan
@@ -60,7 +62,10 @@ class Watched(Policy):
 def watch(engine: Engine, inputs: Inputs, policy: Policy, new: int) -> Watched:
     """What `policy` keeps of `inputs` where at most `new` tokens follow."""
     seen = Watched(policy, engine.config.text.num_layers, len(inputs))
-    engine.prefill([inputs], seen, None, {}, engine.take_notes([inputs], policy, new))
+    notes = engine.take_notes([inputs], policy, new)
+    out = engine.prefill([inputs], seen, 1, {}, notes, ends=True)
+    for row, cache in zip(seen.cached, out.caches, strict=True):
+        row[cache.places(0).flatten().cpu().numpy()] = True  # of several heads' choices the union
     return seen
 
 
@@ -122,7 +127,7 @@ def panels(inputs: Inputs, config: ModelConfig, videos: list[Reading | None]) ->
             some = "" if len(shown) == len(times) else f", {len(shown)} shown"
             title = f"Video {number}: {len(times)} frames{some}"
             labels = [f"{t // 60:.0f}:{t % 60:04.1f}" for t in times]
-            pictures = [crops[i] for i in shown] if len(crops) else again(reading, shown)
+            pictures = [crops[i] for i in shown] if len(crops) else again(reading, shown, config)
             out.append(panel(title, spots, mine, shown, labels, pictures))
         else:
             rows, cols = (medium.geometry.rows, medium.geometry.cols) if medium.geometry else (0, 0)
@@ -173,15 +178,16 @@ def looks(p: Panel, looked: np.ndarray) -> dict[str, Any]:
     }
 
 
-def again(reading: Reading | None, shown: np.ndarray) -> list[np.ndarray]:
-    """The frames number `shown` of a video, small, read once more; none where it is no file."""
+def again(reading: Reading | None, shown: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+    """The frames number `shown` of a video as the tower saw them, small, read once more; none where
+    it is no file."""
     small: dict[int, np.ndarray] = {}
     wanted = set(shown.tolist())
     for frames in reading or ():
         small.clear()
         for number, frame in enumerate(frames):
             if number in wanted:
-                picture = Image.fromarray(frame)
+                picture = Image.fromarray(fit_frame(frame, config.media))
                 picture.thumbnail((SIDE, SIDE))
                 small[number] = np.asarray(picture)
     return [small[i] for i in sorted(small)] if len(small) == len(shown) else []
@@ -286,10 +292,13 @@ def write_page(path: Path, page: dict[str, Any]) -> None:
     """
     data = json.dumps(page).replace("<", "\\u003c")  # no text can end the script that holds it
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    fresh = path.with_name(path.name + ".new")
+    place = Path(os.path.realpath(path))  # a link stays one
+    fresh = place.with_name(f".zipvl-report-{os.getpid()}")
     try:
         fresh.write_text(text.replace("{}/*DATA*/", data), encoding="utf-8")
-        os.replace(fresh, path)
+        os.replace(fresh, place)
     except OSError as e:
-        fresh.unlink(missing_ok=True)
         raise ZipvlError(f"{path} cannot be written: {e.strerror or e}") from e
+    finally:
+        with suppress(OSError):
+            fresh.unlink()
