@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from zipvl import Plan, Policy, StepView, UsageError, View, load_policy
 from zipvl.engine.stats import Recorder
-from zipvl.model import attention, kernels
+from zipvl.model import attention, backends
 from zipvl.model.attention import probe_mass
+from zipvl.model.backends import BACKENDS
 from zipvl.model.batch import Batch, Spans
 from zipvl.model.cache import store_as
 from zipvl.model.decoder import Prefilled, chunked
-from zipvl.model.kernels import BACKENDS, attend_kept, attend_sdpa, attend_step
+from zipvl.model.kernels import attend_kept, attend_sdpa, attend_step
 from zipvl.policy import Notes
 from zipvl.testing.oracle import Oracle
 from zipvl.testing.toy import Toy
@@ -33,7 +34,7 @@ HERE = [  # (backend, device, dtype) that run on this machine
     for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     for dtype in (torch.float32, torch.bfloat16)
     for name in BACKENDS
-    if kernels.usable(name, torch.device(device), dtype, 16)
+    if backends.usable(name, torch.device(device), dtype, 16)
 ]
 
 
@@ -152,8 +153,8 @@ def test_all_queries_over_kept_keys(block: int, first: int) -> None:
 def test_a_backend_that_cannot_run_is_one_sentence() -> None:
     for name, words in (("nope", "unknown attention backend"), ("torch-flash", "--attn auto")):
         with pytest.raises(UsageError, match=words):
-            kernels.pick(name, torch.device("cpu"), torch.float32, 16)
-    assert kernels.pick("auto", torch.device("cpu"), torch.float32, 16) == ("sdpa", attend_sdpa)
+            backends.pick(name, torch.device("cpu"), torch.float32, 16)
+    assert backends.pick("auto", torch.device("cpu"), torch.float32, 16) == ("sdpa", attend_sdpa)
 
 
 # --- scores
@@ -356,8 +357,10 @@ def test_chunks_of_mlp_and_norms_change_nothing(T: int, chunk: int, seed: int) -
     block = toy.decoder.layers[0]
     x = torch.randn(T, 32, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        for part in (block.feed_forward, block.input_layernorm, toy.decoder.norm):
-            torch.testing.assert_close(chunked(part, x, chunk), part(x), rtol=1e-5, atol=1e-5)
+        for part in (block.input_layernorm, toy.decoder.norm):
+            torch.testing.assert_close(chunked(part, chunk, x), part(x), rtol=1e-5, atol=1e-5)
+        h, both = x.flip(0), block.feed_forward(x, x.flip(0))  # whose memory holds the result
+        torch.testing.assert_close(chunked(block.feed_forward, chunk, x, h), both)
 
 
 def test_chunks_change_nothing_in_a_whole_prefill() -> None:

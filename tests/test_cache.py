@@ -13,10 +13,11 @@ from torch import Tensor
 import zipvl
 from zipvl import Plan, Policy, StepView, View, load_policy
 from zipvl.config import TextConfig
+from zipvl.model.backends import BACKENDS
 from zipvl.model.batch import Batch
 from zipvl.model.cache import Kept, LayerCache, select
 from zipvl.model.decoder import Decoder
-from zipvl.model.kernels import BACKENDS, attend_sdpa
+from zipvl.model.kernels import attend_sdpa
 from zipvl.policies.h2o import H2O
 from zipvl.policies.streaming import StreamingLLM
 from zipvl.policy import Notes

@@ -257,7 +257,7 @@ def test_bytes_are_those_of_every_tensor_the_cache_holds() -> None:
         more = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in tensors_in([cache.stored, cache.spans]) if t.untyped_storage().nbytes()
                 and t.untyped_storage().data_ptr() not in found}  # fmt: skip
-        assert sorted(more.values()) == sorted([3 * 4, 2 * 4, (37 + 11) * 4, (12 + 11) * 4])
+        assert sorted(more.values()) == sorted([(3 + 2) * 4, (37 + 11) * 4, (12 + 11) * 4])
 
 
 @pytest.mark.parametrize(("G", "D"), [(4, 128), (8, 128), (40, 128)])

@@ -712,13 +712,11 @@ def test_a_mistyped_file_is_told_before_loading(cli: Cli) -> None:
         assert name in one_sentence(err)
 
 
-def test_compile_is_handed_on(cli: Cli) -> None:
-    compiled: list[Decoder] = []
-    cli.patch.setattr(engine_load, "compile_rows", compiled.append)
-    assert cli.ask("-q")[0] == 0
-    assert compiled == []
-    assert cli.ask("-q", "--compile")[0] == 0
-    assert [type(text) for text in compiled] == [Decoder]
+def test_kernels_are_handed_on(cli: Cli) -> None:
+    assert cli.ask("-q", "--kernels", "plain")[0] == 0
+    code, out, err = cli.ask("-q", "--kernels", "fast")
+    assert (code, out) == (2, "")
+    assert "'fast': use auto or plain" in one_sentence(err)
 
 
 def test_verbose_shows_where(cli: Cli) -> None:

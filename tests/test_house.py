@@ -28,7 +28,7 @@ RINGS = {  # non-blank lines allowed; a new method may add 60 to its ring, a new
                            "model/quant model/cache_quant"),
     "app": (640, "cli report __init__ __main__"),
     "study": (390, "compare page"),
-    "speed": (252, "engine/speed"),
+    "speed": (330, "engine/speed model/backends"),
 }  # fmt: skip
 APART = ("testing", "demo")  # public helpers for methods; data
 FLOORS = (  # nobody imports upwards
@@ -45,7 +45,7 @@ FLOORS = (  # nobody imports upwards
     {"__main__"},
 )
 MAX_FUNCTION, MAX_COLUMNS, SMELL = 60, 100, 400
-MAX_ENTERED, MAX_NAMES = 30, 15
+MAX_ENTERED, MAX_NAMES = 31, 15
 RING_ROW = re.compile(r"^(\| *([a-z ]+?) *\|[^|]*\|) *[\d,]+ *\| *\d+ *\|$", re.M)
 SENTENCE = re.compile(r"method is [\d,]+ lines, the engine [\d,]+")
 

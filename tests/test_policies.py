@@ -152,7 +152,8 @@ FAULTS = [
     (lambda: Selects(lambda n: torch.arange(n).flip(0)), "not sorted"),
     (lambda: Selects(lambda n: torch.tensor([0, 0])), "not sorted or not unique"),
     (lambda: Selects(lambda n: torch.tensor([n])), "outside"),
-    (lambda: Selects(lambda n: torch.ones(n, dtype=torch.bool)), "nonzero"),
+    (lambda: Selects(lambda n: torch.ones(n + 1, dtype=torch.bool)), "is a mask of shape"),
+    (lambda: Selects(lambda n: torch.zeros(n, dtype=torch.bool)), "an empty mask: keep at least"),
     (lambda: Selects(lambda n: torch.arange(0)), "at least one token"),
     (lambda: Selects(lambda n: torch.arange(n)[None]), "one index per token"),
     (lambda: Selects(lambda n: torch.arange(max(1, n - 1)), "stream"), "last token"),
@@ -217,7 +218,7 @@ class Enters(Policy):
         assert view.notes.prompt == view.length
         keep = ~view.is_visual | (torch.arange(view.length) % 2 > 0)
         keep[-1] = True
-        return Plan(stream=keep.nonzero()[:, 0])
+        return Plan(stream=keep)
 
     def plan(self, view: View) -> Plan:
         view.notes[view.layer] = view.positions
@@ -540,8 +541,8 @@ def test_a_number_that_overflows_in_a_layer_is_one_too(
     block, row = engine.model.text.layers[layer], int(inputs.is_visual.nonzero()[4])
     plain = block.feed_forward
 
-    def overflow(x: Tensor) -> Tensor:
-        x = plain(x)
+    def overflow(x: Tensor, h: Tensor) -> Tensor:
+        x = plain(x, h)
         if len(x) > row:
             x[row] = torch.inf
         return x
@@ -576,7 +577,7 @@ NONSENSE = [  # what a verb answers with, and what its error says
     (RuntimeError("shapes"), "fails with RuntimeError"),
     (plan_of([0, 1]), r"gives a Plan.* whose \w+ is \[0, 1\]: give a tensor"),
     (plan_of(torch.ones(2)), "has dtype torch.float32: give int64"),
-    (plan_of(torch.ones(2) > 0), r"has dtype torch.bool: .* \.nonzero\(\)"),
+    (plan_of(torch.ones(2) > 0), r"is a mask of shape \[2\]: the tokens need"),
     (plan_of(torch.tensor(0)), r"has shape \[\]: one index per token"),
     (plan_of(torch.arange(0)), "is empty"),
     (plan_of(torch.tensor([0, 10**6])), r"reaches outside the \d+ tokens there are"),

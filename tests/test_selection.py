@@ -17,7 +17,7 @@ from zipvl import Plan, Policy, UsageError, View, load_policy
 from zipvl.model.attention import probe_mass
 from zipvl.policies import METHODS
 from zipvl.policies.zipvl import ZipVL, covering
-from zipvl.policy import Notes
+from zipvl.policy import Notes, ask
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 KINDS = ("random", "peaked", "one-hot", "uniform", "tied")
@@ -122,7 +122,7 @@ def test_selection_equals_the_equations(case: tuple) -> None:
     assert got_p == 1 or largest[got_p - 2] < tau * a.sum() + slack
     if kind == "random":
         assert abs(got_p - p) <= 1
-    plan = policy.plan(view)
+    plan = ask(policy.plan, view)
     kept = plan.attend.tolist()
     assert kept == sorted(set(kept))
     assert plan.cache is plan.attend
@@ -174,7 +174,7 @@ def test_one_hot_attention_needs_one_token() -> None:
     q, k = torch.ones(50, 4, 8), torch.zeros(50, 2, 8)
     k[0] = 100.0
     policy = ZipVL(0.975, always="none")
-    plan = policy.plan(build_view(q, k, torch.ones(50) > 0))
+    plan = ask(policy.plan, build_view(q, k, torch.ones(50) > 0))
     assert plan.attend.tolist() == [0]
 
 
@@ -199,7 +199,7 @@ def test_always_keeps_what_it_names() -> None:
     kept = {}
     for always in ("text", "last", "none"):
         policy = ZipVL(0.4, recent=19, random=1, always=always)
-        kept[always] = policy.plan(build_view(q, k, visual)).attend.tolist()
+        kept[always] = ask(policy.plan, build_view(q, k, visual)).attend.tolist()
     assert kept["none"] == [20]
     assert kept["last"] == [20, 39]
     assert kept["text"] == sorted({*range(0, 40, 4), 39})

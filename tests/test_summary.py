@@ -12,7 +12,7 @@ from torch import Tensor
 import zipvl
 from zipvl import Plan, Policy, StepView, UsageError, View
 from zipvl.engine.speed import StaticStep, attend_masked
-from zipvl.model import kernels
+from zipvl.model import backends
 from zipvl.model.batch import Spans
 from zipvl.model.cache import Kept, LayerCache, summaries
 from zipvl.policies import load_policy
@@ -88,7 +88,7 @@ def test_attention_adds_the_logarithm_of_their_number(
     kind: str, rows: int, lengths: list[int], merged: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
-    attend = attend_masked if kind == "masked" else kernels.BACKENDS[kind]
+    attend = attend_masked if kind == "masked" else backends.BACKENDS[kind]
     weights = [2.5 + b for b in range(len(lengths))]
     spans = Spans(lengths, "cpu", 3, merged, weights)
     q = torch.randn(rows * len(lengths), 6, D)
@@ -105,7 +105,7 @@ def test_two_halves_are_the_whole() -> None:
     edge = torch.tensor([0, 5]).int()
     parts = [flash(q, k[a:b], v[a:b], edge, torch.tensor([0, b - a]), 5, 30, 0.0, False, False)
              for a, b in ((0, 11), (11, 30), (0, 30))]  # fmt: skip
-    got = kernels.joined(*parts[0], *parts[1])
+    got = backends.joined(*parts[0], *parts[1])
     torch.testing.assert_close(got, parts[2][0])
 
 

@@ -88,9 +88,9 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     "the machine": [
         ("--device DEVICE", "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
         ("--dtype DTYPE", "auto", "bfloat16 (auto on CUDA, AMX CPUs), float32, float16"),
-        ("--attn ATTN", "auto", "auto, sdpa, torch-flash, flash-attn (default auto)"),
+        ("--attn ATTN", "auto", "auto, sdpa, torch-flash, cudnn, flash-attn, flash-attn-3"),
         ("--weights KIND", "full", "packed, int8, int4: decode faster on a CPU"),
-        ("--compile", False, "torch.compile for prefill; on CUDA graph decoding"),
+        ("--kernels KIND", "auto", "plain: none fused, no graph"),
     ],
     "what to print": [
         ("--stats", False, "seconds by stage and kept tokens by layer, on stderr"),
@@ -261,7 +261,7 @@ def run(a: argparse.Namespace) -> int:
     options = {"tau": a.tau, "ratio": a.keep_ratio, "kv_bits": a.kv_bits, **(a.probe or {})}
     policies = [load_policy(method, **options) for method in a.methods]
     progress = not a.quiet and (sys.stderr.isatty() or progress_lines)
-    engine = load(a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.compile)
+    engine = load(a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.kernels)
     if a.model is None and not a.video and not a.image:
         a.video = [str(demo_clip())]
     session = Session(engine, policies, a)

@@ -4,7 +4,7 @@ import gc
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,14 +74,16 @@ DAMAGED = (  # what NaN and infinite numbers mean, and what helps
 def memory_errors(device: "torch.device", doing: str, advice: str, need: int = 0) -> Iterator[None]:
     """Turns an allocator's refusal while `doing` something into OutOfMemory with `advice`. On a CPU
     also says so beforehand where at least `need` bytes are needed and are not there: a kernel that
-    runs out of memory ends the process without a word."""
+    runs out of memory ends the process without a word. A CUDA device is the current one meanwhile:
+    what PyTorch does not launch itself, kernels of our own and graphs, goes there."""
     import torch  # here: the command line needs the errors before it needs torch
 
     if device.type == "cpu" and need > (free := available()):
         sizes = f"at least {need / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free"
         raise OutOfMemory(f"out of memory before {doing} ({sizes}): {advice}")
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     except (torch.OutOfMemoryError, MemoryError) as e:
         refusal = str(e)
     except RuntimeError as e:

@@ -17,8 +17,8 @@ rows, K kept tokens.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -79,6 +79,7 @@ class View(LayerView):
     project_q: Callable[[], Tensor]  # the layer's, behind q, v and mass()
     project_v: Callable[[], Tensor]
     score: Callable[[Tensor], Tensor]
+    sums: list[Tensor] = field(default_factory=list)  # of what mass() gave, for ask_all() to check
 
     @property
     def length(self) -> int:
@@ -96,11 +97,10 @@ class View(LayerView):
 
     def mass(self, rows: Tensor | None = None) -> Tensor:
         """[H, T] float32: the attention that each token receives from `rows` [P] (int64, sorted;
-        None: from all rows). Exact: the causal softmax of these rows, summed over them. Raises
-        ModelError where that is no number: who ranks tokens by it would choose blindly."""
-        mass = self.score(torch.arange(self.length) if rows is None else rows)
-        if not torch.isfinite(mass.sum()):
-            raise ModelError(f"the attention scores of layer {self.layer} {DAMAGED}")
+        None: from all rows). Exact: the causal softmax of these rows, summed over them."""
+        every = torch.arange(self.length, device=self.k.device)
+        mass = self.score(every if rows is None else rows)
+        self.sums.append(mass.sum())
         return mass
 
     def seen(self, rows: Tensor) -> Tensor:
@@ -145,6 +145,8 @@ class StepView(LayerView):
 @dataclass(frozen=True)
 class Plan:
     """Sorted int64 indices into a view's tokens, or at a decode step its slots; None: all of them.
+    Instead of [K] a bool mask of all tokens will do, and is better on an accelerator: those of a
+    layer become indices together, so that its processor waits once.
 
     start() answers with `stream`, plan() with everything, step() with `attend`, `cache` and
     `precise`.
@@ -234,10 +236,61 @@ PARTS = {  # the parts of a Plan that each verb answers with, and their most dim
 }
 
 
-def ask(verb: Callable[[Any], Plan], view: PromptView | View | StepView) -> Plan:
-    """What a method's start(), plan() or step() answers. Raises UsageError that names a verb which
-    fails, gives no Plan, or a Plan of anything but indices into the view: the method may be
-    anybody's."""
+AnyView = PromptView | View | StepView
+
+
+def ask(verb: Callable[[Any], Plan], view: AnyView) -> Plan:
+    """What a method's start(), plan() or step() answers, masks as indices (ask_all)."""
+    return ask_all(verb, [view])[0]
+
+
+def ask_all(verb: Callable[[Any], Plan], views: Iterable[AnyView]) -> list[Plan]:
+    """The answers for all sequences of a batch, their masks as indices. Raises UsageError that
+    names a verb which fails, gives no Plan, or a Plan of anything but indices into the view: the
+    method may be anybody's. Raises ModelError where attention was no number: who ranks tokens by it
+    chose blindly."""
+    plans: list[Plan] = []
+    masks: dict[int, Tensor] = {}
+    sums: list[tuple[int, Tensor]] = []
+    for view in views:
+        plans.append(plan := answer(verb, view))
+        for part in PARTS[type(view)]:
+            index = getattr(plan, part)
+            if index is not None and index.dtype == torch.bool:
+                masks[id(index)] = index
+        if isinstance(view, View):
+            sums += [(view.layer, total) for total in view.sums]
+    if not masks and not sums:
+        return plans
+    # the one time in a layer that the processor waits for its device
+    asked = [m.sum() for m in masks.values()] + [total for _, total in sums]
+    numbers = torch.stack([n.float() for n in asked]).tolist()
+    counts, totals = map(int, numbers[: len(masks)]), numbers[len(masks) :]
+    for (layer, _), total in zip(sums, totals, strict=True):
+        if not math.isfinite(total):
+            raise ModelError(f"the attention scores of layer {layer} {DAMAGED}")
+    indices = {key: indices_of(m, n) for (key, m), n in zip(masks.items(), counts, strict=True)}
+    if any(not len(index) for index in indices.values()):
+        raise UsageError(f"{named(verb)} gives a Plan with an empty mask: keep at least one token")
+    parts = ("attend", "cache", "stream", "precise")
+    return [
+        replace(plan, **{p: indices.get(id(getattr(plan, p)), getattr(plan, p)) for p in parts})
+        for plan in plans
+    ]
+
+
+def indices_of(mask: Tensor, count: int) -> Tensor:
+    """The int64 indices of the `count` places that are True in mask [T]; unlike nonzero() without
+    a question to the device."""
+    places = torch.where(
+        mask, mask.cumsum(0) - 1, count
+    )  # the others share a place that is cut off
+    out = places.new_empty(count + 1)
+    return out.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:count]
+
+
+def answer(verb: Callable[[Any], Plan], view: AnyView) -> Plan:
+    """What a verb says about one view, checked as far as that needs no number of a tensor."""
     plan = call(verb, view)
     if not isinstance(plan, Plan):
         raise UsageError(f"{named(verb)} gives {shown(plan)}: return a Plan")
@@ -299,8 +352,11 @@ def fault(index: Any, count: int, ndim: int, heads: int) -> str:
     nothing is. On an accelerator its numbers are not read: the processor would wait for them."""
     if not isinstance(index, Tensor):
         return f"is {shown(index)}: give a tensor of indices"
+    if index.dtype == torch.bool:
+        right = list(index.shape) == [count]
+        return "" if right else f"is a mask of shape {list(index.shape)}: the tokens need [{count}]"
     if index.dtype != torch.int64:
-        return f"has dtype {index.dtype}: give int64, of a bool mask its .nonzero()[:, 0]"
+        return f"has dtype {index.dtype}: give int64 indices, or a bool mask of all {count} tokens"
     if not 1 <= index.ndim <= ndim:
         return f"has shape {list(index.shape)}: one index per token is needed"
     if index.ndim == 2 and len(index) != heads:

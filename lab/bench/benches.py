@@ -18,7 +18,6 @@ from .model import Model
 from .rival import build_rival, rival_prefill, rival_steps
 from .timing import Factory, Row, interleaved, product_peak, ratios, read_bandwidth, spread
 
-COMPILED = ", compiled"
 STEPS = {"": Step, ", static": StaticStep, ", graph": GraphStep}  # of decoding
 
 
@@ -26,15 +25,12 @@ STEPS = {"": Step, ", static": StaticStep, ", graph": GraphStep}  # of decoding
 def bench_prefill(model: Model, args: argparse.Namespace) -> list[Row]:
     """Time to the first token's logits, cache included."""
     rival, rows = build_rival(model) if args.rival else None, []
-    forms = {"": model} | ({COMPILED: model.compiled()} if args.compile else {})
     peak = product_peak(model.device, model.dtype, args.clock)
     for tokens in args.tokens:
         ids = torch.randint(model.config.vocab_size, (tokens,), device=model.device)
         last: dict[str, Counted] = {}
         runs: dict[str, Factory] = {
-            method + form: partial(our_prefill, m, ids, method, last, method + form)
-            for method in args.methods
-            for form, m in forms.items()
+            method: partial(our_prefill, model, ids, method, last) for method in args.methods
         }
         if rival is not None:
             runs["transformers"] = partial(rival_prefill, rival, ids)
@@ -60,17 +56,16 @@ def add_bounds(rows: list[Row], model: Model, tokens: int, peak: float) -> None:
     flops = 2 * tokens * weights + attention + 2 * model.lm_head.weight.numel()
     dense = next((row for row in rows if row["run"] == "dense"), None)
     for row in rows:
-        if row["run"] in ("dense", "dense" + COMPILED, "transformers"):
+        if row["run"] in ("dense", "transformers"):
             row["peak_flops"] = peak
             row["peak_share"] = flops / statistics.median(row["seconds"]) / peak
         elif dense:
             row["free_attention"] = 1 / (1 - dense["share"]["attend"])
 
 
-def our_prefill(model: Model, ids: Tensor, method: str, last: dict,
-                name: str) -> Callable[[], object]:  # fmt: skip
+def our_prefill(model: Model, ids: Tensor, method: str, last: dict) -> Callable[[], object]:
     def work() -> None:
-        last[name] = model.prefill(ids, method, room=16)[1]
+        last[method] = model.prefill(ids, method, room=16)[1]
 
     return work
 
@@ -100,7 +95,7 @@ def bench_decode(model: Model, args: argparse.Namespace) -> list[Row]:
     rival, rows = build_rival(model) if args.rival else None, []
     bandwidth = read_bandwidth(model.device, args.clock)
     models = {kind: model.packed(kind) for kind in args.weights}
-    steps = ["", ", graph" if model.device.type == "cuda" else ", static"][: 1 + args.compile]
+    steps = ["", ", graph" if model.device.type == "cuda" else ", static"][: 1 + args.graph]
     c = model.config
     slot = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
     for tokens in args.tokens:

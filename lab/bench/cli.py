@@ -1,7 +1,6 @@
 """Speed and memory of the decoder, next to transformers on the same weights in the same run.
 
     python bench.py prefill --tokens 2048,8192 --methods dense,fixed:ratio=0.3 --rival
-    python bench.py prefill --tokens 2048,8192 --compile
     python bench.py decode  --tokens 2048,8192 --batch 1,8 --ratios 1,0.3 --rival
     python bench.py decode  --tokens 2048 --batch 1,2 --weights full,packed,int8,int4
     python bench.py projections --tokens 8192 --ratios 1,0.3
@@ -65,12 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="e2e: a checkpoint instead of a random model")
     add("--weights", type=lambda text: text.split(","), default=["full"],
         help="decode: full, packed, int8, int4; these beside the others in one run")  # fmt: skip
-    add(
-        "--compile",
-        action="store_true",
-        help="prefill: compiled rows beside plain ones;\n"
-        "decode: a CUDA graph (on a CPU its static step, not captured) beside ordinary steps",
-    )
+    add("--graph", action="store_true",
+        help="decode: a CUDA graph (on a CPU its step) beside ordinary steps")  # fmt: skip
     add("--new", type=count, default=8, help="decode steps a run")
     add("--repeats", type=count, default=3)
     add("--rival", action="store_true", help="transformers in the same run")

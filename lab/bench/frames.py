@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from zipvl.engine.load import demo_clip, load
-from zipvl.engine.stats import Clock
 from zipvl.vision.video import opened
 
 from .e2e import checkpoint_inputs, random_inputs
@@ -46,10 +45,10 @@ def measure(frames: int, shape: str, model: str, path: str, device: str, dtype: 
     else:
         engine = random_engine(shape, device, DTYPES[dtype], attn, None)
         prepare = random_inputs
-    engine.encode(prepare(engine, path, FEW, Clock(engine.model.device)))
+    engine.encode(prepare(engine, path, FEW, {}))
     RESIDENT.write_text("5")  # the high-water mark starts from what is resident now
     before = peak(engine.model.device)
-    inputs = prepare(engine, path, frames, Clock(engine.model.device))
+    inputs = prepare(engine, path, frames, {})
     read = peak(engine.model.device) - before
     RESIDENT.write_text("5")
     [features] = engine.encode(inputs)

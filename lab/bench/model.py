@@ -13,13 +13,13 @@ from zipvl.engine.speed import (
     PACKED_ROWS,
     PackedLinear,
     check_kind,
-    compile_rows,
+    fuse,
     held,
     pack_weights,
 )
 from zipvl.engine.stats import Counted, Recorder
 from zipvl.linear import Linear
-from zipvl.model import kernels
+from zipvl.model.backends import pick
 from zipvl.model.batch import Batch
 from zipvl.model.cache import Kept, LayerCache
 from zipvl.model.decoder import Decoder
@@ -59,15 +59,18 @@ def fill(module: nn.Module, device: str, dtype: torch.dtype) -> None:
 class Model:
     """A random decoder with its head, tied to the embedding."""
 
-    def __init__(self, shape: str, device: str, dtype: torch.dtype, attn: str, layers: int | None):
+    def __init__(self, shape: str, device: str, dtype: torch.dtype, attn: str, layers: int | None,
+                 kernels: str = "auto"):  # fmt: skip
         self.config = text_config(shape, layers)
         self.device, self.dtype = torch.device(device), dtype
-        self.backend, self.attend = kernels.pick(attn, self.device, dtype, self.config.head_dim)
+        self.backend, self.attend = pick(attn, self.device, dtype, self.config.head_dim)
         with torch.device("meta"):
             self.decoder = Decoder(self.config)
             self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         fill(self.decoder, device, dtype)
         self.lm_head.weight = self.decoder.embed_tokens.weight
+        if self.device.type == "cuda" and kernels == "auto":
+            fuse(self.decoder)
 
     def twin(self, change: Callable[[nn.ModuleDict], object]) -> "Model":
         """New modules around the same tensors, `text` and `head`, after a change."""
@@ -82,10 +85,6 @@ class Model:
         """The same tensors, and those of the linear layers in `kind`."""
         check_kind(kind, self.device, self.dtype)
         return self.twin(lambda both: pack_weights(both, kind))
-
-    def compiled(self) -> "Model":
-        """The same tensors, row-wise parts compiled."""
-        return self.twin(lambda both: compile_rows(cast(Decoder, both["text"])))
 
     def stepper(self, kind: type[Step], caches: list[LayerCache]) -> Step:
         """Decode steps of one `kind` over `caches`; a Step needs no more of a VLM than this has."""

@@ -8,7 +8,7 @@ import torch
 
 from zipvl.config import MediaConfig, ModelConfig, Section
 from zipvl.engine.engine import Engine
-from zipvl.model import kernels
+from zipvl.model import backends
 from zipvl.model.chat import Chat
 from zipvl.model.layouts import CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M, read_vision
 from zipvl.model.vlm import VLM
@@ -63,6 +63,6 @@ def random_engine(
     fill(model, device, dtype)
     if config.text.tied:
         model.lm_head.weight = model.text.embed_tokens.weight
-    backend, attend = kernels.pick(attn, model.device, dtype, config.text.head_dim)
+    backend, attend = backends.pick(attn, model.device, dtype, config.text.head_dim)
     chat = cast(Chat, NoText(config.text.vocab_size))
     return Engine(model, chat, backend, attend)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zipvl.policies.zipvl import ZipVL, covering
-from zipvl.policy import Plan, Policy, View
+from zipvl.policy import Plan, Policy, View, ask
 
 from . import draw, stats
 from .runner import Job, Record
@@ -45,9 +45,9 @@ def chosen(view: View, whole: Tensor, method: ZipVL) -> tuple[Tensor, int]:
     """The tokens [p] `method` picks by its probe rows, and its p; `whole` [T] is all_rows()."""
     rows = method.probe(view)
     mass = whole if len(rows) == view.length else view.mass(rows).mean(0)
-    kept = method.plan(replace(view, score=lambda rows: mass[None])).attend
+    kept = ask(method.plan, replace(view, score=lambda rows: mass[None])).attend
     assert kept is not None
-    return kept, covering(mass, method.tau)
+    return kept, int(covering(mass, method.tau))
 
 
 class Study(Policy):

@@ -66,7 +66,7 @@ def prefill(engine: Engine, ids: Tensor, alive: list[Tensor],
             nearest_earlier(o[live].clone(), live, o)
         elif fate == "zero":
             o = torch.zeros_like(o).index_copy(0, live, o[live])
-        new = block.feed_forward(x + o)
+        new = block.feed_forward(x, o)
         x = x.index_copy(0, live, new[live]) if fate in ("frozen", "cached") else new
         held = live if fate == "gone" else places
         caches.append(LayerCache([Kept(k[held], v[held], held.int())], 0))

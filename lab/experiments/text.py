@@ -84,7 +84,7 @@ def follow(engine: Engine, caches: list[Cache], ids: Tensor, start: int) -> Tens
         q = layer.rotated(layer.q_proj, h, batch)
         slots = Spans([len(k)], k.device, 0, spans.merged, spans.weights)
         o = engine.attend(q, k, v, batch.spans, slots)
-        x = block.feed_forward(x + layer.o_proj(o.flatten(1)))
+        x = block.feed_forward(x, layer.o_proj(o.flatten(1)))
     return model.norm(x)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DAMAGED, ModelError, UsageError, memory_errors
-from ..model.batch import Batch, join
+from ..model.batch import Batch, join, sent
 from ..model.cache import Cache
 from ..model.chat import Chat
 from ..model.decoder import is_finite
@@ -83,9 +83,12 @@ class Step:
         self.model, self.caches, self.notes = model, caches, notes
         self.policy, self.attend = policy, attend
 
+    sheds = 1.0  # sequences that stopped leave the caches when no more than this share goes on
+
     @classmethod
-    def check(cls, policy: Policy) -> None:
-        """Raises UsageError, before the prefill, for a method that cannot be decoded this way."""
+    def repeats(cls, policy: Policy) -> bool:
+        """Whether a method can be decoded this way."""
+        return True
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """One more token per sequence, `ids` at `positions` [B] -> float32 logits [B, V]."""
@@ -300,15 +303,14 @@ class Run:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}: give a whole number from 1 on")
         engine, model = self.engine, self.engine.model
         self.check_window(max_new_tokens)
-        engine.step.check(self.policy)
         # 2 prefill: all prompts at once
         restart_peak(model.device)
-        clock, generators = Clock(model.device), self.sampling.generators(len(self.inputs))
-        began = clock.since
+        generators = self.sampling.generators(len(self.inputs))
+        began = time.perf_counter()
         self.room = min(max_new_tokens, ROOM)
         self.notes = engine.take_notes(self.inputs, self.policy, max_new_tokens)
         if self.policy.scout is not None:
-            clock.lap("scout")
+            self.seconds["scout"] = time.perf_counter() - began
         fresh = [i for i in self.inputs if not i.reported]  # preparing is part of the first run
         self.seconds["video"] = sum(i.seconds for i in fresh)
         out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes, True)
@@ -318,40 +320,48 @@ class Run:
         self.layers, caches = out.layers, out.caches
         logits = self.first_logits(out.hidden, out.batch)
         del out  # as long as the prompts
-        # 3 decode: choose a token each, let those that stop leave, run the others one step on
-        decode = engine.step(model, caches, self.notes, self.policy, engine.attend)
+        # 3 decode: choose a token each, let those that stop leave, run the others one step on.
+        # `rows` are the sequences that are in the caches, `live` those of them that go on
+        kind = engine.step if engine.step.repeats(self.policy) else Step
+        decode = kind(model, caches, self.notes, self.policy, engine.attend)
         stops = frozenset() if ignore_eos else engine.chat.stop_ids
-        live = list(range(len(self.inputs)))
+        rows = live = list(range(len(self.inputs)))
         grown = ROOM * engine.config.text.kv_width * model.dtype.itemsize
+        self.seconds["decode"], since = 0.0, time.perf_counter()
         for step in range(max_new_tokens):
-            clock.start()
             logits[:, engine.chat.vocab_size :] = -torch.inf  # rows of padding, not tokens
-            new = self.sampling.choose(logits, [generators[b] for b in live])
-            clock.lap("decode")
-            self.seconds.setdefault("first_token", clock.since - began)
-            stay = [i for i, token in enumerate(new) if token not in stops]
-            for b in set(live) - {live[i] for i in stay}:
-                self.reasons[b] = "stop"
-            new, kept = [new[i] for i in stay], [live[i] for i in stay]
-            for b, token in zip(kept, new, strict=True):
-                self.tokens[b].append(token)
-            self.seconds |= clock.seconds
-            yield list(zip(kept, new, strict=True))
-            if not kept or step + 1 == max_new_tokens:
+            new = self.sampling.choose(logits, [generators[b] for b in rows])
+            now = time.perf_counter()  # tokens were read back, so the device is done, too
+            self.seconds.setdefault("first_token", now - began)
+            self.seconds["decode"] += now - since
+            made = self.take([(b, t) for b, t in zip(rows, new, strict=True) if b in live], stops)
+            live = [b for b, _ in made]
+            yield made
+            since = time.perf_counter()
+            if not live or step + 1 == max_new_tokens:
                 return
             advice = "ask for fewer --max-new-tokens, or use fewer --frames"
-            clock.start()
             full = min(cache.spans.free() for cache in caches) == 0
             need = max(cache.nbytes for cache in caches) + len(live) * grown if full else 0
             with memory_errors(model.device, "decoding", advice, need):
-                if kept != live or full:
+                if full or (len(live) < len(rows) and len(live) <= kind.sheds * len(rows)):
+                    stay = [i for i, b in enumerate(rows) if b in live]
                     keep(caches, stay, min(ROOM, max_new_tokens - step) if full else None)
-                    live, notes = kept, [self.notes[b] for b in kept]
-                    decode = engine.step(model, caches, notes, self.policy, engine.attend)
-                ids = torch.tensor(new, device=model.device)
-                at = [len(self.inputs[b]) + step for b in live]
-                logits = decode(ids, torch.tensor(at, device=model.device))
-            clock.lap("decode")
+                    rows, new = live, [new[i] for i in stay]
+                    notes = [self.notes[b] for b in rows]
+                    decode = kind(model, caches, notes, self.policy, engine.attend)
+                at = [len(self.inputs[b]) + step for b in rows]
+                ids, places = sent(torch.tensor([new, at]), model.device)
+                logits = decode(ids, places)
+
+    def take(self, made: list[tuple[int, int]], stops: frozenset[int]) -> list[tuple[int, int]]:
+        """Adds tokens to the answers of their sequences; returns those that are no stop tokens."""
+        for b, token in made:
+            if token in stops:
+                self.reasons[b] = "stop"
+            else:
+                self.tokens[b].append(token)
+        return [(b, token) for b, token in made if token not in stops]
 
     def pieces(self, max_new_tokens: int, ignore_eos: bool) -> Iterator[Piece]:
         """The answer to a lone prompt while it is made."""

@@ -1,19 +1,19 @@
 """From a checkpoint's name to an Engine: device, dtype, weights, tokenizer, attention backend."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ..errors import ModelError, UsageError, memory_errors
-from ..model import kernels
+from ..model.backends import pick
 from ..model.chat import Chat
 from ..model.layouts import read_config
 from ..model.weights import Progress, find_checkpoint, load_weights, silent
 from .engine import Engine, Step
-from .speed import GraphStep, check_kind, compile_rows, pack_weights
+from .speed import GraphStep, check_kind, fuse, pack_weights
 
 DEMO = Path(__file__).parent.parent / "demo"
 
@@ -26,39 +26,43 @@ def load(
     template: str | None = None,
     show_progress: bool | Progress = False,
     weights: str = "full",
-    compile: bool = False,
+    kernels: str = "auto",
 ) -> Engine:
     """An Engine with the checkpoint `model` (folder or hub id; None: the bundled demo model).
 
-    `dtype` auto is bfloat16 on CUDA and on CPUs with matrix units for it, else float32. `attn`
-    forces an attention backend, `template` a prompt template (a built-in name or a .jinja file).
+    `dtype` auto is bfloat16 on CUDA, float16 before Ampere, bfloat16 on CPUs with matrix units for
+    it, else float32. `attn` forces an attention backend, `template` a prompt template (a built-in
+    name or a .jinja file).
     `show_progress`: bars on stderr, or what shows progress instead (Engine).
     `weights` packed lays them out for a CPU's products; int8 or int4 adds copies for decoding.
-    `compile` compiles the row-wise parts of a prefill and, on CUDA, decodes by a CUDA graph.
+    `kernels` plain leaves out what auto takes on CUDA: fused kernels and a graph for decoding.
     Raises ModelError, UsageError.
     """
     folder = find_checkpoint(DEMO / "model" if model is None else model)
     config = read_config(folder)
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
+    if kernels not in ("auto", "plain"):
+        raise UsageError(f"unknown kernels {kernels!r}: use auto or plain")
     if weights != "full":
         check_kind(weights, place, kind)
-    backend, attend = kernels.pick(str(attn), place, kind, config.text.head_dim)
+    backend, attend = pick(str(attn), place, kind, config.text.head_dim)
     chat = Chat.from_folder(folder, config, template)
     progress = show_progress if callable(show_progress) else bar if show_progress else silent
     with memory_errors(place, "loading the weights", "give a smaller --dtype or another --device"):
         vlm = load_weights(config, folder, place, kind, progress)
         if weights != "full":
             pack_weights(vlm, weights)
-    if compile:
-        compile_rows(vlm.text)
+    fast = place.type == "cuda" and kernels == "auto"
+    if fast:
+        with suppress(ImportError):  # no Triton: as plain
+            fuse(vlm.text)
     if chat.vocab_size > config.text.vocab_size:
         raise ModelError(
             f"{folder}: the tokenizer has {chat.vocab_size} entries, the embedding only "
             f"{config.text.vocab_size}: tokenizer and weights belong to different models"
         )
-    step = GraphStep if compile and place.type == "cuda" else Step
-    return Engine(vlm, chat, backend, attend, progress, step)
+    return Engine(vlm, chat, backend, attend, progress, GraphStep if fast else Step)
 
 
 @contextmanager
@@ -89,6 +93,8 @@ def has_matrix_units() -> bool:
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            return torch.float16  # bfloat16 would be emulated
         half = device.type == "cuda" or (device.type == "cpu" and has_matrix_units())
         return torch.bfloat16 if half else torch.float32
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -1,23 +1,24 @@
-"""What makes things faster behind the readable path, each asked for by name and tested equal to it.
+"""What makes things faster behind the readable path, each tested equal to it.
 
 --weights   packed products    weights in the order in which a CPU's products read them
                                a copy of each weight in 8 or 4 bits, for decoding on a CPU
---compile   compiled rows      norm, rotation and gate of a prefill as one kernel each
+--kernels   fused kernels      on CUDA: norm, rotation, gate and probe scores in Triton
             a CUDA graph       a decode step that is the same at every step, recorded and replayed
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..linear import FEW, Linear, SwiGLU
-from ..model.batch import Batch, Rotate, Spans, rope_table
+from ..linear import Linear
+from ..model.batch import Batch, Spans, rope_table
 from ..model.cache import Cache
-from ..model.decoder import Decoder, RMSNorm, rms_norm
+from ..model.decoder import Decoder, RMSNorm
 from ..model.kernels import Attend, attend_sdpa, sdpa
 from ..model.vlm import VLM
 from ..policy import Notes, Policy
@@ -165,33 +166,25 @@ def held(model: nn.Module) -> int:
     return packs + sum(p.nbytes for p in model.parameters())
 
 
-# --- compiled rows --------------------------------------------------------------------------------
+# --- fused kernels --------------------------------------------------------------------------------
 #
-# PyTorch runs norm, rotation and gate as several kernels that each read and write all rows.
-# Compiled from the very same functions they pass over memory once. Few rows, as in decoding, and
-# training go the plain way, so no code is made for every batch size and none enters a CUDA graph.
-
-
-def compiled(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`plain` for any number of rows of its first argument; made at the first call."""
-    fused = torch.compile(plain, dynamic=True)
-
-    def choose(x: Tensor, *others: Any) -> Tensor:
-        few = len(x) <= FEW or torch.is_grad_enabled()
-        return (plain if few else fused)(x, *others)
-
-    return choose
+# PyTorch runs norm, rotation and gate as several kernels that each read and write all rows, and the
+# probe rows' scores as [heads, rows, tokens] in float32. On CUDA model/fused.py does each in one or
+# two passes over memory. It is written in Triton, which comes with PyTorch for CUDA.
 
 
 class FusedNorm(RMSNorm):
     """In the place of the norm `plain`, with its weight."""
 
-    def __init__(self, plain: RMSNorm, norm: Callable[..., Tensor]):
+    def __init__(self, plain: RMSNorm, fused: ModuleType):
         super().__init__(0, plain.eps)
-        self.weight, self.norm = plain.weight, norm
+        self.weight, self.fused = plain.weight, fused
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight, self.eps)
+        return self.fused.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fused.add_rms_norm(x, h, self.weight, self.eps)
 
 
 class Fused(nn.Module):
@@ -205,52 +198,26 @@ class Fused(nn.Module):
         return self.function(*inputs)
 
 
-@torch.inference_mode()
-def compile_rows(text: Decoder) -> None:
-    """Gives a decoder the compiled forms, made now. Raises UsageError where that is impossible."""
-    config, weight, rows = text.config, text.norm.weight, FEW + 1
-    D, make = config.head_dim, weight.new_zeros
-    x, cos, wide = make(2 * rows, len(weight)), make(2 * rows, 1, D // 2), make(rows, len(weight))
-    sin = cos.clone()  # two arguments that are one would be taken for always one
-    try:
-        norm, turn, gate = compiled(rms_norm), compiled(Rotate()), compiled(SwiGLU())
-        for part in (slice(rows), slice(rows, None)):  # a chunk at the start of its tensor and not
-            norm(x[part], weight, config.rms_norm_eps)
-            for heads in (config.num_heads, config.num_kv_heads):
-                turn(make(rows, heads, D), cos[part], sin[part])
-        if weight.device.type != "cpu":  # there in place is faster than what the compiler makes
-            gate(wide, wide.clone())
-    except Exception as e:  # whatever the compiler's many layers raise
-        why = (str(root(e)).strip() or type(e).__name__).splitlines()[0]
-        raise UsageError(
-            f"--compile cannot be used here ({why}): install the compiler that torch.compile "
-            "needs (g++, clang or cl for a CPU, Triton for CUDA), or leave out --compile"
-        ) from None
-    text.norm = FusedNorm(text.norm, norm)
+def fuse(text: Decoder) -> None:
+    """Gives a decoder the fused kernels. Raises ImportError where there is no Triton."""
+    fused = import_module("zipvl.model.fused")
+    text.norm = FusedNorm(text.norm, fused)
     for block in text.blocks():
-        block.input_layernorm = FusedNorm(block.input_layernorm, norm)
-        block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm, norm)
-        block.self_attn.rotate = Fused(turn)
-        if weight.device.type != "cpu":
-            block.mlp.act = Fused(gate)
-
-
-def root(e: BaseException) -> BaseException:
-    return root(e.__cause__) if e.__cause__ else e
+        block.input_layernorm = FusedNorm(block.input_layernorm, fused)
+        block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm, fused)
+        block.self_attn.rotate, block.mlp.act = Fused(fused.rotate), Fused(fused.swiglu)
+        block.self_attn.probe_mass = fused.probe_mass
 
 
 # --- a decode step as a CUDA graph ----------------------------------------------------------------
 #
 #     ids, positions [B]  ->  embedding, layers, head  ->  logits float32 [B, V]
 #
-# The ordinary step launches its hundreds of small kernels anew for each token, which at small
-# batches takes a GPU longer than running them. A static step keeps everything in place: ids and
-# positions in buffers, lengths in tensors, caches at the capacity they have from the start, no
-# number read back. It is recorded once and replayed from then on, and again when a sequence leaves
-# the batch.
-#
-# No GPU was at hand: the static step is tested on a CPU, also through a recorder that stands in for
-# the graph (tests/test_compile.py); the capture itself has not run on a GPU yet.
+# The ordinary step launches its hundreds of small kernels anew for each token, which takes a GPU
+# longer than running them. A static step keeps everything in place: ids and positions in buffers,
+# lengths in tensors, caches at the capacity they have from the start, no number read back. It is
+# recorded once and replayed from then on. A method that does something at each step, evicting or
+# quantising, cannot be repeated and decodes step by step.
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
@@ -278,13 +245,8 @@ class StaticStep(Step):
         self.batch = Batch.build([1] * B, at, text, config, model.dtype, notes)
 
     @classmethod
-    def check(cls, policy: Policy) -> None:
-        if policy.storage is not None or policy.step is not None:
-            what = "drops cached tokens" if policy.storage is None else "quantises its cache"
-            raise UsageError(
-                f"the method {type(policy).__name__} {what} while decoding, which a CUDA graph "
-                "cannot repeat: leave out --compile"
-            )
+    def repeats(cls, policy: Policy) -> bool:
+        return policy.storage is None and policy.step is None
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         self.ids.copy_(ids)
@@ -299,8 +261,10 @@ class StaticStep(Step):
 
 
 class GraphStep(StaticStep):
-    """The static step, run once, then recorded, then replayed."""
+    """The static step, run once, then recorded, then replayed. Recording takes as long as some
+    steps, so sequences that stop stay and are ignored until half have."""
 
+    sheds = 0.5
     warm = False
     graph: torch.cuda.CUDAGraph | None = None
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,33 +17,52 @@ from ..model.attention import Observer
 from ..model.decoder import Prefilled
 from ..policy import Plan
 
+Mark = float | torch.cuda.Event
+
 
 class Clock:
-    """Seconds by name. On CUDA a reading waits for the device, so a stage pays for its own work."""
+    """Seconds by name. On CUDA a mark is an event on the device's stream, read when somebody asks
+    for the seconds: nothing waits for a statistic before that."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.seconds: dict[str, float] = {}
+        self.device = device
         self.start()
 
-    def now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def mark(self) -> Mark:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def start(self) -> None:
         """What comes now counts, what came before does not."""
-        self.since = self.now()
+        self.marks: list[tuple[str, Mark]] = [("", self.mark())]
 
     def lap(self, stage: str) -> None:
         """The time since the last lap or start went into `stage`."""
-        now = self.now()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.since
-        self.since = now
+        self.marks.append((stage, self.mark()))
+
+    def split(self) -> list[tuple[str, Mark]]:
+        """The marks since the start, for seconds(); what comes now starts at the last one."""
+        marks, self.marks = self.marks, [("", self.marks[-1][1])]
+        return marks
 
     def pop(self) -> dict[str, float]:
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+        return seconds(self.split())
+
+
+def seconds(marks: list[tuple[str, Mark]]) -> dict[str, float]:
+    """By stage, between marks; on CUDA waits for the last one."""
+    out: dict[str, float] = {}
+    for (_, before), (stage, after) in pairwise(marks):
+        if isinstance(before, float) or isinstance(after, float):
+            took = cast(float, after) - cast(float, before)
+        else:
+            after.synchronize()
+            took = before.elapsed_time(after) / 1000
+        out[stage] = out.get(stage, 0.0) + took
+    return out
 
 
 @dataclass
@@ -73,6 +93,7 @@ class Recorder(Clock, Observer):
         super().__init__(device)
         self.config, self.progress = config, progress
         self.layers: list[LayerStats] = []
+        self.taken: list[list[tuple[str, Mark]]] = []  # the marks of each layer
         self.looks: dict[int, int] = {}
 
     def looked(self, sequence: int, work: int) -> None:
@@ -92,14 +113,15 @@ class Recorder(Clock, Observer):
         ]  # fmt: skip
         pairs, none = [a * r for a, r in zip(attended, asking, strict=True)], [0] * len(entered)
         chose = [p.attend is not None for p in plans]
-        self.layers.append(
-            LayerStats(list(entered), attended, pairs, self.pop(), none, none, chose, work)
-        )
+        self.layers.append(LayerStats(list(entered), attended, pairs, {}, none, none, chose, work))
+        self.taken.append(self.split())
         self.looks = {}
         self.progress(1)
 
     def counted(self, out: Prefilled) -> "Counted":
         """The prefill with its layers, and what their caches, if there are any, hold at its end."""
+        for layer, marks in zip(self.layers, self.taken, strict=True):
+            layer.seconds = seconds(marks)
         for layer, cache in zip(self.layers, out.caches, strict=False):
             layer.cached, layer.kv_bytes = list(cache.spans.lengths), cache.sequence_bytes()
         return Counted(out.hidden, out.batch, out.caches, self.layers)

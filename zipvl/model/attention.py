@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..linear import Linear
-from ..policy import Plan, Policy, StepView, View, ask
+from ..policy import Plan, Policy, StepView, View, ask_all
 from .batch import Batch, Rotate, Spans
 from .cache import Cache, Kept
 from .kernels import Attend, attend_kept, attend_steps
@@ -66,6 +66,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, G * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, C, bias=False)
         self.rotate: nn.Module = Rotate()
+        self.probe_mass = probe_mass
 
     def heads(self, x: Tensor) -> Tensor:
         """[n, heads * D] -> [n, heads, D]."""
@@ -90,11 +91,10 @@ class Attention(nn.Module):
         `ends`: the output of each sequence's last token is wanted and no other, [B, C]."""
         k = self.rotated(self.k_proj, x, batch)  # [sum T, G, D]
         watch.lap("rest")
-        # 1 probe, 2 score and 3 select: the policy looks and plans, a sequence at a time
-        plans = []
-        for b in range(len(batch.spans)):
-            plans.append(ask(policy.plan, self.view(x, k, batch, b, watch)))
-            watch.lap("select")
+        # 1 probe, 2 score and 3 select: the policy looks at each sequence and plans
+        views = [self.view(x, k, batch, b, watch) for b in range(len(batch.spans))]
+        plans = ask_all(policy.plan, views)
+        watch.lap("select")
         # 4 attend: among the tokens each plan names
         rows, spans = batch.rows([plan.attend for plan in plans])  # [sum K]
         kept_only = store is None or all(
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         def score(rows: Tensor) -> Tensor:
             rows = rows.to(x.device)
             q = self.rotated(self.q_proj, x, batch, rows + at.start)  # 1 probe
-            mass = probe_mass(q, k[at], rows)  # 2 score
+            mass = self.probe_mass(q, k[at], rows)  # 2 score
             watch.looked(b, len(rows) * width * (x.shape[1] + T))
             watch.lap("probe")
             return mass
@@ -185,11 +185,13 @@ class Attention(nn.Module):
         if not isinstance(rows, slice):
             k, newest = k[rows], rows[spans.ends]  # the last token that is kept, if not `last`
             own = [plan.fill == "own" for plan in plans]
-            asks = torch.where(torch.tensor(own, device=x.device), last, newest)
+            asks = torch.stack([(last if o else newest)[b] for b, o in enumerate(own)])
         q = self.rotated(self.q_proj, x, batch, asks)  # [B, H, D]
         out = self.o_proj(kernel(q, k, v, Spans([1] * len(plans), x.device), spans).flatten(1))
-        nothing = torch.tensor([plan.fill == "zero" for plan in plans], device=x.device)
-        return out.masked_fill((nothing & (asks != last))[:, None], 0)
+        for b, plan in enumerate(plans):
+            if plan.fill == "zero":
+                out[b : b + 1].masked_fill_((asks != last)[b], 0)
+        return out
 
     def decode(self, x: Tensor, batch: Batch, cache: Cache, policy: Policy,
                kernel: Attend) -> Tensor:  # fmt: skip
@@ -203,7 +205,7 @@ class Attention(nn.Module):
             o = kernel(q, k, v, batch.spans, spans)
         else:
             views = self.step_views(q, k, v, batch, cache)
-            plans = [ask(policy.step, view) for view in views]
+            plans = ask_all(policy.step, views)
             chosen = attend_steps(views, plans, spans)
             o = kernel(q, k, v, batch.spans, spans) if chosen is None else chosen
         cache.apply(plans)

@@ -8,12 +8,20 @@ tokens were dropped the two differ, and every later token would be turned by a w
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..policy import Notes
+
+
+def sent(data: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the `device`; through pinned memory where the processor else waits for it."""
+    if device.type != "cuda" or data.device.type != "cpu":
+        return data.to(device)
+    return data.pin_memory().to(device, non_blocking=True)
 
 
 class Spans:
@@ -28,11 +36,11 @@ class Spans:
         self.merged = merged if merged and any(merged) else None
         self.weights = weights or [1.0] * len(lengths)
         self.capacity = [n + room for n in lengths]
-        ends = torch.tensor([0, *self.capacity]).cumsum(0)
-        self.starts: list[int] = ends[:-1].tolist()
-        self.total = int(ends[-1])
-        self.edges = ends.to(device, torch.int32)  # [B + 1], cu_seqlens of FlashAttention
-        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=device)  # [B]
+        *self.starts, self.total = accumulate(self.capacity, initial=0)
+        both = [*self.starts, self.total, *self.lengths]
+        device_ints = sent(torch.tensor(both, dtype=torch.int32), torch.device(device))
+        self.edges = device_ints[: len(lengths) + 1]  # [B + 1], cu_seqlens of FlashAttention
+        self.used = device_ints[len(lengths) + 1 :]  # [B]
         if self.merged:  # on the device once: a CUDA graph must not copy them
             self.far = torch.tensor(self.merged, dtype=torch.int32, device=device)  # [B]
             self.stand = torch.tensor(self.weights, device=device).log()  # [B]
@@ -77,7 +85,7 @@ class Spans:
 
     def shrink(self, lengths: list[int]) -> None:
         self.lengths = list(lengths)
-        self.used = torch.tensor(self.lengths, dtype=torch.int32, device=self.used.device)
+        self.used = sent(torch.tensor(self.lengths, dtype=torch.int32), self.used.device)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x + h, and its norm."""
+        x = x + h
+        return x, self(x)
+
 
 class MLP(nn.Module):
     """Gate, up, down."""
@@ -62,8 +67,10 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def feed_forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """The second half of the layer; h is what attention adds to x."""
+        x, h = self.post_attention_layernorm.add(x, h)
+        return x + self.mlp(h)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Decoder(nn.Module):
         # 3 the layers
         caches: list[Cache] = []
         for i, block in enumerate(self.blocks()):
-            h, entered = chunked(block.input_layernorm, x, chunk), batch.spans.lengths
+            h, entered = chunked(block.input_layernorm, chunk, x), batch.spans.lengths
             alone = ends and i + 1 == len(self.layers)
             h, plans, cache = block.self_attn.prefill(h, batch, policy, attend, store, watch, alone)
             if any(plan.stream is not None for plan in plans):
@@ -123,15 +130,14 @@ class Decoder(nn.Module):
             if alone:
                 last = batch.spans.ends
                 x, batch = finite(x)[last], batch.take(last, Spans([1] * len(plans), x.device))
-            x = x + h
-            del h  # as long as the prompt, and so is what comes
-            x = chunked(block.feed_forward, x, chunk)
+            x = chunked(block.feed_forward, chunk, x, h)
+            del h  # as long as the prompt
             caches += [] if cache is None else [cache]
             if policy.trim is not None and caches:
                 trim(caches, i, batch.notes, policy.trim)
             watch.lap("rest")
             watch.layer(entered, plans, batch.spans.lengths, alone)
-        return Prefilled(chunked(self.norm, x, chunk), batch, caches)
+        return Prefilled(chunked(self.norm, chunk, x), batch, caches)
 
     def decode(self, x: Tensor, positions: Tensor, caches: Sequence[Cache], policy: Policy,
                attend: Attend, notes: list[Notes] | None = None) -> Tensor:  # fmt: skip
@@ -148,8 +154,7 @@ class Decoder(nn.Module):
         """The same with what the batch knows already made."""
         for block, cache in zip(self.blocks(), caches, strict=True):
             h = block.input_layernorm(x)
-            x = x + block.self_attn.decode(h, batch, cache, policy, attend)
-            x = block.feed_forward(x)
+            x = block.feed_forward(x, block.self_attn.decode(h, batch, cache, policy, attend))
         return self.norm(x)
 
 
@@ -171,13 +176,16 @@ def trim(caches: list[Cache], layer: int, notes: list[Notes], decide: Trim) -> N
         caches[i] = caches[i].trim([mine.get(i) for mine in slots])
 
 
-def chunked(function: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -> Tensor:
-    """function(x) for a function that treats the rows of x [T, C] alone and keeps their width."""
+def chunked(
+    function: Callable[..., Tensor], rows: int | None, x: Tensor, *others: Tensor
+) -> Tensor:
+    """function(x, *others) for a function that treats the rows of x [T, C] alone and keeps their
+    width; of several tensors the last one's memory may hold the result."""
     if rows is None or len(x) <= rows:
-        return function(x)
-    out = torch.empty_like(x)
-    for part, into in zip(x.split(rows), out.split(rows), strict=True):
-        into.copy_(function(part))
+        return function(x, *others)
+    out = others[-1] if others else torch.empty_like(x)
+    for into, *parts in zip(*(t.split(rows) for t in (out, x, *others)), strict=True):
+        into.copy_(function(*parts))
     return out
 
 

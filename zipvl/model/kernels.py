@@ -9,8 +9,6 @@ summaries (Spans.merged) get the logarithm of how many tokens they stand for add
 """
 
 from collections.abc import Callable
-from functools import partial
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +39,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans)
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """q [B, rows, H, D], k and v [B, slots, G, D] -> [B, rows, H, D]; several rows are causal.
     `mask` [B | 1, 1, 1, slots]: which slots count, or what is added to their scores."""
-    rows, H, slots, G = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+    rows, slots, G = q.shape[1], k.shape[1], k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, G, slots, D] views
     if rows == 1:  # the H/G heads of a key/value head as rows: the cache is read once
         q = q.unflatten(2, (G, -1))[:, 0]  # [B, G, H/G, D]
@@ -49,45 +47,27 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     if rows != slots or mask is not None:  # SDPA's own is_causal aligns at the start
         seen = torch.ones(rows, slots, dtype=torch.bool, device=q.device).tril(slots - rows)
         mask = seen if mask is None else torch.where(seen, mask, -torch.inf)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=G != H
+    return heads(q.transpose(1, 2), k, v, mask, mask is None).transpose(1, 2)
+
+
+def heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """PyTorch's own form: q [B, H, rows, D], k and v [B, G, slots, D] -> [B, H, rows, D]. On
+    CUDA only FlashAttention knows fewer key/value heads than query heads; where it cannot run
+    PyTorch would hold all H x rows x slots scores, so the G heads are repeated: H x slots x D."""
+    G, H, grouped = k.shape[1], q.shape[1], k.shape[1] != q.shape[1]
+    if grouped and q.device.type == "cuda":
+        grouped = mask is None and has_flash(q.device, q.dtype, q.shape[-1])
+    if not grouped and G != H:
+        k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
     )
-    return out.transpose(1, 2)
 
 
-def attend_torch_flash(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
-    """FlashAttention-2 as every CUDA build of PyTorch carries it: one varlen call for the batch.
-    Slots are bounded by the capacity, which unlike lengths is the same at every step (a graph).
-    The kernel adds nothing to scores, so summaries are a call of their own."""
-    longest = max(q_spans.lengths), max(k_spans.capacity)
-    flash = partial(torch.ops.aten._flash_attention_forward, q, k, v, q_spans.edges)
-    if k_spans.merged is None:
-        used = k_spans.used if k_spans.room else None
-        return flash(k_spans.edges, *longest, 0.0, True, False, seqused_k=used)[0]
-    merged, behind = k_spans.far, k_spans.edges + F.pad(k_spans.far, (0, 1))
-    far, far_mass = flash(k_spans.edges, *longest, 0.0, False, False, seqused_k=merged)[:2]
-    own, own_mass = flash(behind, *longest, 0.0, True, False, seqused_k=k_spans.used - merged)[:2]
-    stand = k_spans.stand.masked_fill(merged == 0, -torch.inf)  # what is not there has no mass
-    stand = stand.repeat_interleave(q_spans.used, output_size=len(q))  # [rows]
-    far_mass = torch.where(stand == -torch.inf, stand, far_mass + stand)  # the kernel's is +inf
-    return joined(own, own_mass, far, far_mass)
-
-
-def joined(a: Tensor, a_mass: Tensor, b: Tensor, b_mass: Tensor) -> Tensor:
-    """Attention over two sets of slots from that over each, [rows, H, D], and from the logarithms
-    of their softmax's denominators [H, rows]."""
-    share = torch.sigmoid(b_mass - a_mass).T[..., None]  # of b
-    return torch.lerp(a.float(), b.float(), share).to(a.dtype)
-
-
-def attend_flash_attn(q: Tensor, k: Tensor, v: Tensor, q_spans: Spans, k_spans: Spans) -> Tensor:
-    """The flash-attn package. Its varlen function knows no unused places, so a cache with room goes
-    to the same kernel in PyTorch; so does one with summaries."""
-    if k_spans.room or k_spans.merged:
-        return attend_torch_flash(q, k, v, q_spans, k_spans)
-    function = import_module("flash_attn").flash_attn_varlen_func
-    longest = max(q_spans.lengths), max(k_spans.lengths)
-    return function(q, k, v, q_spans.edges, k_spans.edges, *longest, causal=True)
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch's FlashAttention takes such tensors."""
+    half = dtype in (torch.bfloat16, torch.float16) and head_dim <= 256 and head_dim % 8 == 0
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512) -> Tensor:
@@ -102,10 +82,8 @@ def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512)
         mask = kept[None, :] <= rows[:, None]  # [block, K]
         some = mask[:, 0].clone()  # a view would change with the next line
         mask[~some] = True  # a row without keys would divide by zero; it is zeroed below
-        o = F.scaled_dot_product_attention(
-            q[rows].transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
-            attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
+        by_head = [t.transpose(0, 1)[None] for t in (q[rows], k, v)]
+        o = heads(by_head[0], by_head[1], by_head[2], mask)
         out[rows] = o[0].transpose(0, 1) * some[:, None, None]
     return out
 
@@ -132,41 +110,3 @@ def attend_step(view: StepView, slots: Tensor | None) -> Tensor:
         return (probs.to(view.v.dtype) @ view.v).flatten(0, 1)
     k, v = (select(t.transpose(0, 1), slots) for t in (view.k, view.v))  # [K, G, D]
     return sdpa(view.q[None, None], k[None], v[None])[0, 0]
-
-
-BACKENDS: dict[str, Attend] = {
-    "sdpa": attend_sdpa,
-    "torch-flash": attend_torch_flash,
-    "flash-attn": attend_flash_attn,
-}
-
-
-def usable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether a backend can run for these tensors on this machine."""
-    if name == "sdpa":
-        return True
-    half = dtype in (torch.bfloat16, torch.float16) and head_dim <= 256
-    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    if name == "torch-flash":
-        return True
-    try:
-        import_module("flash_attn")
-    except ImportError:
-        return False
-    return True
-
-
-def pick(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, Attend]:
-    """The backend called `name`, or for "auto" the fastest one that is usable."""
-    if name == "auto":
-        order = ("flash-attn", "torch-flash", "sdpa")
-        name = next(n for n in order if usable(n, device, dtype, head_dim))
-    if name not in BACKENDS:
-        raise UsageError(f"unknown attention backend {name!r}: use auto, {', '.join(BACKENDS)}")
-    if not usable(name, device, dtype, head_dim):
-        raise UsageError(
-            f"attention backend {name!r} cannot run here (device {device}, dtype {dtype}, head "
-            f"size {head_dim}): use --attn auto"
-        )
-    return name, BACKENDS[name]

@@ -35,7 +35,7 @@ class FastV(Policy):
 
     def plan(self, view: View) -> Plan:
         if view.layer == self.after - 1:
-            last = torch.tensor([view.length - 1])
+            last = torch.arange(view.length - 1, view.length, device=view.k.device)
             kept = self.choose(view, view.mass(last).mean(0))
             if self.variant == "drop":
                 return Plan(stream=kept)

@@ -41,8 +41,9 @@ class SnapKV(Policy):
         if view.length <= self.budget:
             return Plan()
         old = view.length - self.window
-        votes = view.by_group(view.mass(torch.arange(old, view.length))[:, :old])  # [G, old]
+        window = torch.arange(old, view.length, device=view.k.device)
+        votes = view.by_group(view.mass(window)[:, :old])  # [G, old]
         votes = POOLS[self.pool](votes, self.kernel, 1, self.kernel // 2)
         best = votes.topk(self.budget - self.window).indices.sort().values
-        recent = torch.arange(old, view.length, device=best.device).expand(len(best), -1)
-        return Plan(cache=torch.cat((best, recent), dim=1), summary=self.summary)
+        kept = torch.cat((best, window.expand(len(best), -1)), dim=1)
+        return Plan(cache=kept, summary=self.summary)

@@ -21,6 +21,7 @@ the layers up to its next full-attention layer.
 import math
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ..policy import Plan, StepView, View, check, choice
@@ -49,12 +50,13 @@ class ZipVLStream(ZipVL):
     def plan(self, view: View) -> Plan:
         return super().plan(view) if view.layer >= self.first else Plan()
 
-    def budget(self, view: View | StepView, mass: Tensor) -> int:
+    def budget(self, view: View | StepView, mass: Tensor) -> Tensor:
         return covering(mass, self.tau ** (1 / max(1, view.num_layers - self.first)))
 
     def forced(self, view: View) -> Tensor:
         return super().forced(view) | (view.positions < self.sinks)
 
-    def keep(self, view: View, score: Tensor, p: int) -> Plan:
-        plan = super().keep(view, score, max(p, math.ceil(self.floor * view.notes.prompt)))
+    def keep(self, view: View, score: Tensor, p: int | Tensor) -> Plan:
+        least = math.ceil(self.floor * view.notes.prompt)
+        plan = super().keep(view, score, torch.as_tensor(p).clamp(min=least))
         return replace(plan, stream=plan.attend)

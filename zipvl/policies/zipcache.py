@@ -11,11 +11,11 @@ random row is drawn twice.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..model.cache_quant import KVBits, as_bits, zipcache
 from ..policy import Plan, Policy, StepView, View, check
+from .zipvl import probe_rows
 
 
 @dataclass(repr=False)
@@ -40,10 +40,7 @@ class ZipCache(Policy):
     def probe(self, view: View) -> Tensor:
         """Rows [P], sorted."""
         count = max(1, round(self.probes * view.length))
-        old = view.length - count
-        chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
-        some = torch.randperm(old, generator=chance)[:count].sort().values
-        return torch.cat((some, torch.arange(old, view.length)))
+        return probe_rows(view, count, count, self.seed)
 
     def plan(self, view: View) -> Plan:
         rows = self.probe(view)

@@ -26,11 +26,13 @@ Where the paper is silent or is not followed:
              its table names, is taken; each set of tokens has its own steps
 """
 
+import random
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, inf
 
+from ..model.batch import sent
 from ..model.cache_quant import KVBits, as_bits, zipcache
 from ..policy import FILLS, Plan, Policy, StepView, View, check, choice
 
@@ -80,8 +82,8 @@ class Selection(Policy):
     def keeps_all(self) -> bool:
         return True
 
-    def budget(self, view: View | StepView, mass: Tensor) -> int:
-        """How many tokens of the layer stay, by mass [T]."""
+    def budget(self, view: View | StepView, mass: Tensor) -> int | Tensor:
+        """How many tokens of the layer stay, by mass [T]; a tensor stays on its device."""
         return len(mass)
 
     def plan(self, view: View) -> Plan:
@@ -95,10 +97,7 @@ class Selection(Policy):
 
     def probe(self, view: View) -> Tensor:
         """Rows [P], sorted; all rows if T is no more than recent + random."""
-        old = max(0, view.length - self.recent)
-        chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
-        some = torch.randperm(old, generator=chance)[: self.random].sort().values
-        return torch.cat((some, torch.arange(old, view.length)))
+        return probe_rows(view, self.recent, self.random, self.seed)
 
     def score(self, view: View, mass: Tensor, rows: Tensor) -> Tensor:
         """Eq. 7: mass [T] from `rows` over how many rows could look at each token, so that early
@@ -114,21 +113,29 @@ class Selection(Policy):
             keep[-1] = True
         return keep
 
-    def keep(self, view: View, score: Tensor, p: int) -> Plan:
-        """Eq. 8: the p best by score [T], and those that stay anyway."""
-        kept = self.forced(view)
-        kept[score.sort(descending=True, stable=True).indices[:p]] = True
-        index = kept.nonzero()[:, 0]
+    def keep(self, view: View, score: Tensor, p: int | Tensor) -> Plan:
+        """Eq. 8: the p best by score [T], and those that stay anyway, as a mask [T]."""
+        order = score.sort(descending=True, stable=True).indices
+        best = torch.arange(len(score), device=score.device) < p
+        kept = self.forced(view) | torch.empty_like(best).scatter_(0, order, best)
         if self.drops:
-            return Plan(attend=index, cache=index, fill=self.fill, summary=self.summary)
-        return Plan(attend=index, precise=index, fill=self.fill)
+            return Plan(attend=kept, cache=kept, fill=self.fill, summary=self.summary)
+        return Plan(attend=kept, precise=kept, fill=self.fill)
 
     def sort_new(self, view: StepView) -> Plan:
         """Eq. 6 and 8 for new tokens; the newest query sees them all, so Eq. 7 changes nothing."""
         if not view.due or self.keeps_all():
             return Plan()
         mass = view.mass()[:, -view.due :].mean(0)
-        return Plan(precise=mass.topk(self.budget(view, mass)).indices.sort().values)
+        return Plan(precise=mass.topk(int(self.budget(view, mass))).indices.sort().values)
+
+
+def probe_rows(view: View, recent: int, others: int, seed: int) -> Tensor:
+    """The `recent` last rows of a view and `others` drawn by `seed`, the same on every device: [P],
+    sorted."""
+    old, chance = max(0, view.length - recent), random.Random(seed * 1000 + view.layer)
+    some = sorted(chance.sample(range(old), min(old, others)))
+    return sent(torch.tensor(some + list(range(old, view.length))), view.k.device)
 
 
 @dataclass(repr=False)
@@ -147,15 +154,15 @@ class ZipVL(Selection):
     def keeps_all(self) -> bool:
         return self.tau >= 1
 
-    def budget(self, view: View | StepView, mass: Tensor) -> int:
+    def budget(self, view: View | StepView, mass: Tensor) -> Tensor:
         return covering(mass, self.tau)
 
 
-def covering(mass: Tensor, tau: float) -> int:
-    """Eq. 6: the smallest p whose p largest masses [T] reach tau of the total."""
+def covering(mass: Tensor, tau: float) -> Tensor:
+    """Eq. 6: the smallest p whose p largest masses [T] reach tau of the total, int64 []."""
     exact = torch.float32 if mass.device.type == "mps" else torch.float64  # MPS has no float64
     largest = mass.to(exact).sort(descending=True).values.cumsum(0)
-    return min(len(mass), int((largest < tau * largest[-1]).sum()) + 1)
+    return ((largest < tau * largest[-1]).sum() + 1).clamp(max=len(mass))
 
 
 @dataclass(repr=False, kw_only=True)
@@ -215,6 +222,6 @@ class Random(Fixed):
         if self.keeps_all():
             return Plan()
         chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
-        noise = torch.rand(view.length, generator=chance).to(view.k.device)
+        noise = sent(torch.rand(view.length, generator=chance), view.k.device)
         score = noise.masked_fill(self.forced(view), inf)
         return self.keep(view, score, self.budget(view, noise))
