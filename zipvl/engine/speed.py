@@ -12,13 +12,15 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..linear import Linear
+from ..model.attention import Attention
 from ..model.batch import Batch, Spans, rope_table
 from ..model.cache import Cache
-from ..model.decoder import Decoder, RMSNorm
+from ..model.decoder import MLP, Decoder, RMSNorm
 from ..model.kernels import Attend, attend_sdpa, sdpa
 from ..model.vlm import VLM
 from ..policy import Notes, Policy
@@ -183,6 +185,9 @@ class FusedNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.fused.rms_norm(x, self.weight, self.eps)
 
+    def chunked(self, x: Tensor, rows: int | None) -> Tensor:
+        return self(x)  # which needs no memory but for what it returns
+
     def add(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self.fused.add_rms_norm(x, h, self.weight, self.eps)
 
@@ -198,15 +203,57 @@ class Fused(nn.Module):
         return self.function(*inputs)
 
 
+class FusedMLP(MLP):
+    """In the place of the MLP `plain`: gate and up in one product."""
+
+    def __init__(self, plain: MLP, fused: ModuleType):
+        nn.Module.__init__(self)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            plain.gate_proj, plain.up_proj, plain.down_proj,
+        )  # fmt: skip
+        self.both, self.fused = joined([plain.gate_proj, plain.up_proj])[0], fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.both).chunk(2, dim=-1)
+        return self.down_proj(self.fused.swiglu(gate, up))
+
+
+class FusedProjections:
+    """In the place of Attention.newest: one product and one rotation."""
+
+    def __init__(self, layer: Attention, fused: ModuleType):
+        self.weight, self.bias = joined([layer.q_proj, layer.k_proj, layer.v_proj])
+        self.heads, self.H, self.rotate = layer.heads, layer.config.num_heads, fused.rotate
+        self.turned = self.H + layer.config.num_kv_heads
+
+    def __call__(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.heads(F.linear(x, self.weight, self.bias))  # [B, H + 2 G, D]
+        qk = self.rotate(qkv[:, : self.turned], batch.cos, batch.sin)
+        return qk[:, : self.H], qk[:, self.H :], qkv[:, self.turned :]
+
+
+def joined(layers: list[Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layers one below the other; theirs become views of it, so nothing is
+    held twice."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+    for layer, part in zip(layers, weight.split(sizes), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    return weight, torch.cat(biases) if biases else None
+
+
 def fuse(text: Decoder) -> None:
     """Gives a decoder the fused kernels. Raises ImportError where there is no Triton."""
     fused = import_module("zipvl.model.fused")
     text.norm = FusedNorm(text.norm, fused)
     for block in text.blocks():
+        attention = block.self_attn
         block.input_layernorm = FusedNorm(block.input_layernorm, fused)
         block.post_attention_layernorm = FusedNorm(block.post_attention_layernorm, fused)
-        block.self_attn.rotate, block.mlp.act = Fused(fused.rotate), Fused(fused.swiglu)
-        block.self_attn.probe_mass = fused.probe_mass
+        block.mlp = FusedMLP(block.mlp, fused)
+        attention.rotate, attention.probe_mass = Fused(fused.rotate), fused.probe_mass
+        attention.newest = FusedProjections(attention, fused)  # type: ignore[method-assign]
 
 
 # --- a decode step as a CUDA graph ----------------------------------------------------------------

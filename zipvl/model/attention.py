@@ -196,8 +196,7 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, batch: Batch, cache: Cache, policy: Policy,
                kernel: Attend) -> Tensor:  # fmt: skip
         """A new token per sequence: x [B, C] -> [B, C]; the cache grows."""
-        q = self.rotated(self.q_proj, x, batch)  # [B, H, D]
-        k, v = self.rotated(self.k_proj, x, batch), self.heads(self.v_proj(x))  # [B, G, D]
+        q, k, v = self.newest(x, batch)
         cache.append(k, v, batch.positions)
         k, v, spans = cache.read()  # [slots, G, D]
         plans = [Plan()] * len(x)
@@ -210,6 +209,11 @@ class Attention(nn.Module):
             o = kernel(q, k, v, batch.spans, spans) if chosen is None else chosen
         cache.apply(plans)
         return self.o_proj(o.flatten(1))
+
+    def newest(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, H, D], key and value [B, G, D] of a new token per sequence x [B, C]."""
+        q, k = (self.rotated(project, x, batch) for project in (self.q_proj, self.k_proj))
+        return q, k, self.heads(self.v_proj(x))
 
     def step_views(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch,
                    cache: Cache) -> list[StepView]:  # fmt: skip

@@ -37,6 +37,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def chunked(self, x: Tensor, rows: int | None) -> Tensor:
+        """So many rows at a time, as it needs some times their memory."""
+        return chunked(self, rows, x)
+
     def add(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """x + h, and its norm."""
         x = x + h
@@ -120,7 +124,7 @@ class Decoder(nn.Module):
         # 3 the layers
         caches: list[Cache] = []
         for i, block in enumerate(self.blocks()):
-            h, entered = chunked(block.input_layernorm, chunk, x), batch.spans.lengths
+            h, entered = block.input_layernorm.chunked(x, chunk), batch.spans.lengths
             alone = ends and i + 1 == len(self.layers)
             h, plans, cache = block.self_attn.prefill(h, batch, policy, attend, store, watch, alone)
             if any(plan.stream is not None for plan in plans):
@@ -137,7 +141,7 @@ class Decoder(nn.Module):
                 trim(caches, i, batch.notes, policy.trim)
             watch.lap("rest")
             watch.layer(entered, plans, batch.spans.lengths, alone)
-        return Prefilled(chunked(self.norm, chunk, x), batch, caches)
+        return Prefilled(self.norm.chunked(x, chunk), batch, caches)
 
     def decode(self, x: Tensor, positions: Tensor, caches: Sequence[Cache], policy: Policy,
                attend: Attend, notes: list[Notes] | None = None) -> Tensor:  # fmt: skip

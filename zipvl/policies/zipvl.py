@@ -161,7 +161,7 @@ class ZipVL(Selection):
 def covering(mass: Tensor, tau: float) -> Tensor:
     """Eq. 6: the smallest p whose p largest masses [T] reach tau of the total, int64 []."""
     exact = torch.float32 if mass.device.type == "mps" else torch.float64  # MPS has no float64
-    largest = mass.to(exact).sort(descending=True).values.cumsum(0)
+    largest = mass.sort(descending=True).values.to(exact).cumsum(0)
     return ((largest < tau * largest[-1]).sum() + 1).clamp(max=len(mass))
 
 
