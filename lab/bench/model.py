@@ -25,7 +25,7 @@ from zipvl.model.cache import Kept, LayerCache
 from zipvl.model.decoder import Decoder
 from zipvl.model.vlm import VLM
 from zipvl.policies import load_policy
-from zipvl.policy import Notes
+from zipvl.policy import Notes, Policy
 
 SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
     "qwen2-0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151936),
@@ -87,6 +87,12 @@ class Model:
         """The same tensors, row-wise parts compiled."""
         return self.twin(lambda both: compile_rows(cast(Decoder, both["text"])))
 
+    def attending(self, attn: str) -> "Model":
+        """The same tensors behind another attention backend."""
+        twin, c = copy.copy(self), self.config
+        twin.backend, twin.attend = kernels.pick(attn, self.device, self.dtype, c.head_dim)
+        return twin
+
     def stepper(self, kind: type[Step], caches: list[LayerCache]) -> Step:
         """Decode steps of one `kind` over `caches`; a Step needs no more of a VLM than this has."""
         notes = [Notes(0) for _ in caches[0].spans.lengths]
@@ -121,7 +127,9 @@ class Model:
         visual = positions < tokens - QUESTION
         return Batch.build([tokens], positions, visual, self.config, self.dtype)
 
-    def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Counted]:
+    def prefill(
+        self, ids: Tensor, method: str | Policy, room: int | None
+    ) -> tuple[Tensor, Counted]:
         """Logits of the last token, and what the prefill left."""
         batch, recorder = self.batch(len(ids)), Recorder(self.device, self.config)
         x = self.decoder.embed_tokens(ids)
