@@ -9,12 +9,12 @@ sizes is not measured again, so a run that ended early goes on where it stopped.
 """
 
 import argparse
+import gc
+import json
 import os
 import subprocess
-import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
-from json import loads
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -25,60 +25,44 @@ from ..bench.model import Model
 from ..bench.timing import Row
 from ..command import Parser, ended
 from ..raw import rounded, write_json
-from .jobs import DRY, Bench, Job, Size, release, said
+from .jobs import DRY, Bench, Job, Size, said
 from .roofline import Ceilings, measure_ceilings
 from .show import figures, line, table
 
 KINDS = ("tests", "prefill", "decode", "memory")
-Report = dict[str, list[Row] | Row]
+DRIVER = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "python -m lab.gpu")
     add = parser.add_argument
-    add("--dry", action="store_true", help="on a CPU, tiny; figures mean nothing")
-    add("--out", type=Path, help="default lab/results/gpu, dry: build/gpu-dry")
+    add("--dry", action="store_true", help="on a CPU, tiny: its figures mean nothing")
+    add("--out", type=Path, help="default lab/results/gpu; dry: build/gpu-dry")
     add("--only", type=lambda text: text.split(","), default=[*KINDS], help=", ".join(KINDS))
     add("--no-tests", action="store_true", help="leave out pytest -m gpu")
-    add("--minutes", type=float, default=9.0, help="after which no row begins")
+    add("--minutes", type=float, default=9.0, help="after which no job begins")
     add("--again", action="store_true", help="measure what is there, too")
     args = parser.parse_args(argv)
-    if unknown := [kind for kind in args.only if kind not in KINDS]:
-        raise UsageError(f"--only: {unknown[0]!r}: give some of {', '.join(KINDS)}")
+    if unknown := {*args.only} - {*KINDS}:
+        raise UsageError(f"--only: {min(unknown)!r}: give some of {', '.join(KINDS)}")
     args.only = [kind for kind in args.only if kind != "tests" or not args.no_tests]
     args.out = args.out or Path("build/gpu-dry" if args.dry else "lab/results/gpu")
     return args
 
 
-def first_line(*command: str) -> str | None:
-    """What a program says first; None without it."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return (done.stdout.splitlines() or [None])[0]
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def environment(size: Size) -> Row:
-    """The card and its ceilings, and which attention kernel runs."""
+    """The card, what drives it, its ceilings, and which attention kernel runs."""
     cuda = size.device == "cuda"
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     top = measure_ceilings(torch.device(size.device), size.dtype)
     return {
         "card": torch.cuda.get_device_name() if cuda else "a CPU, dry run",
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if cuda else None,
         "memory": torch.cuda.mem_get_info()[1] if cuda else None,
-        "driver": first_line(*query) if cuda else None, "torch": torch.__version__,
-        "cuda": torch.version.cuda, "triton": installed("triton"), "shape": size.shape,
-        "dtype": str(size.dtype).removeprefix("torch."),
+        "driver": subprocess.getoutput(DRIVER).partition("\n")[0] if cuda else None,
+        "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": next((d.version for d in distributions(name="triton")), None),
         "kernels": Model(size.shape, size.device, size.dtype, "auto", 1).backend,
+        "shape": size.shape, "dtype": str(size.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%d"), **top._asdict(),
     }  # fmt: skip
 
@@ -86,11 +70,10 @@ def environment(size: Size) -> Row:
 class Log:
     """gpu.json as it grows."""
 
-    def __init__(self, folder: Path, size: Size, again: bool):
-        self.path, self.again, self.start = folder / "gpu.json", again, time.monotonic()
-        held = loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+    def __init__(self, folder: Path, size: Size):
+        self.path, self.start = folder / "gpu.json", time.monotonic()
+        held = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         self.rows: list[Row] = held.get("rows", [])
-        folder.mkdir(parents=True, exist_ok=True)
         self.env = environment(size)
         self.say(", ".join(f"{key} {value}" for key, value in self.env.items()))
         self.write()
@@ -100,21 +83,18 @@ class Log:
 
     def here(self) -> list[Row]:
         """The rows of this card."""
-        return [r for r in self.rows if r["card"] == self.env["card"]]
+        return [row for row in self.rows if row["card"] == self.env["card"]]
 
-    def find(self, job: Job) -> list[Row]:
-        return [r for r in self.here() if r["key"] in job.keys and r["settings"] == job.settings]
-
-    def has(self, job: Job) -> bool:
-        rows = [r for r in self.find(job) if "error" not in r]
-        return len(rows) == len(job.keys) and not self.again
+    def has(self, job: Job) -> int:
+        """How much of it there is: all of its rows 2, some of them errors 1, or 0."""
+        rows = [r for r in self.here() if r["key"] in job.keys and r["settings"] == job.settings]
+        return (len(rows) == len(job.keys)) * (1 if any("error" in row for row in rows) else 2)
 
     def add(self, job: Job, row: Row) -> None:
-        """In the place of the row of this name."""
+        """In the place of an earlier one of its name."""
         row = {"bench": job.kind, **row, "card": self.env["card"], "settings": job.settings}
         name = row["key"], row["card"]
-        self.rows = [r for r in self.rows if (r["key"], r["card"]) != name]
-        self.rows.append(rounded(row, 9))
+        self.rows = [r for r in self.rows if (r["key"], r["card"]) != name] + [rounded(row, 9)]
         self.say(line(row))
         self.write()
 
@@ -132,16 +112,18 @@ class Log:
 
 def measure(bench: Bench, log: Log, job: Job) -> None:
     """All rows of a job; what raises is a row, too."""
-    done = set()
+    left = dict.fromkeys(job.keys)
     try:
         for row in job.rows():
-            done.add(row["key"])
+            left.pop(row["key"])
             log.add(job, row)
     except Exception as e:
-        for key in job.keys:
-            if key not in done:
-                log.add(job, {"key": key, "error": said(e)})
-    release(bench.device)
+        for key in left:
+            log.add(job, {"key": key, "error": said(e)})
+    try:
+        bench.free()
+    except RuntimeError as e:  # an illegal address ends every later call of this process
+        raise ZipvlError(f"the card is lost ({said(e)}): run it again to go on") from None
 
 
 @torch.inference_mode()
@@ -150,31 +132,28 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("there is no CUDA device here: --dry runs the same code on a CPU, tiny")
     size = DRY if args.dry else Size()
     torch.manual_seed(0)
-    log = Log(args.out, size, args.again)
+    log = Log(args.out, size)
     bench = Bench(size, log.env["kernels"], Ceilings(log.env["bandwidth"], log.env["peak"]))
-    jobs = [job for job in bench.jobs() if job.kind in args.only and not log.has(job)]
-    jobs.sort(key=lambda job: any("error" in r for r in log.find(job)))  # what failed comes last
+    jobs = [j for j in bench.jobs() if j.kind in args.only and (args.again or log.has(j) < 2)]
+    jobs.sort(key=log.has)  # what failed last time comes last
+    gc.freeze()  # what is imported: each collection would walk over it
     kind = ""
     try:
         while jobs and time.monotonic() - log.start < 60 * args.minutes:
             job = jobs.pop(0)
             if job.kind != kind:
-                bench.clear()  # what another kind left
+                bench.clear()  # the models of another kind
             kind = job.kind
             measure(bench, log, job)
     finally:
+        gc.unfreeze()
         log.show()
     if jobs:
         left = [key for job in jobs for key in job.keys]
         log.say(f"{args.minutes:g} minutes are over, {len(left)} rows are left: {', '.join(left)}")
-    wrong = [r["key"] for r in log.here() if "error" in r]
-    if wrong:
+    if wrong := [row["key"] for row in log.here() if "error" in row]:
         raise ZipvlError(f"{len(wrong)} rows failed ({', '.join(wrong)}): see {log.path}")
 
 
 def main(argv: list[str] | None = None) -> int:
     return ended(lambda: run(parse(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

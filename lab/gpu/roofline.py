@@ -58,16 +58,19 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 class Work(NamedTuple):
-    """FLOP of one layer over one sequence."""
+    """One layer over one sequence: FLOP, and bytes that it must move."""
 
-    products: float  # all linear layers, of which
+    products: float  # FLOP of all linear layers, of which
     beside: float  # queries and outputs are timed with attention
     attention: float
     probes: float
+    weights: float  # bytes
+    heads: float  # queries, keys, values and outputs
+    rows: float  # hidden states and the cache
 
 
-def works(layers: list[LayerStats], config: TextConfig) -> list[Work]:
-    """What a prefill that wants its last token alone did, layer by layer."""
+def works(layers: list[LayerStats], config: TextConfig, item: int) -> list[Work]:
+    """What a prefill that wants its last token alone did; `item` bytes a number."""
     width, ffn = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     found = []
@@ -78,21 +81,18 @@ def works(layers: list[LayerStats], config: TextConfig) -> list[Work]:
         products = 2 * width * ((n + kept) * kv + 3 * left * ffn) + beside
         attention = 4 * q * (kept**2 / 2 if after else kept)
         probes = max(0.0, 2 * layer.work[0] - products - attention)
-        found.append(Work(products, beside, attention, probes))
+        weights, heads = width * (2 * q + 2 * kv + 3 * ffn), 2 * (asking * q + kept * kv)
+        moved = (item * x for x in (weights, heads, 4 * n * width + 2 * kept * kv))
+        found.append(Work(products, beside, attention, probes, *moved))
     return found
 
 
-def prefill_floor(layers: list[LayerStats], config: TextConfig, item: int, top: Ceilings) -> float:
-    """Seconds; `item` bytes a number."""
-    width, ffn = config.hidden_size, config.intermediate_size
-    q, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-    weights = width * (2 * q + 2 * kv + 3 * ffn)
-    total = top.seconds(0, item * width * config.vocab_size)
-    for layer, work in zip(layers, works(layers, config), strict=True):
-        n, kept = layer.tokens[0], layer.attended[0]
-        total += top.seconds(work.products + work.probes, item * weights)
-        total += top.seconds(work.attention, item * 2 * kept * (q + kv))
-        total += top.seconds(0, item * (4 * n * width + 2 * kept * kv))
+def floor(layers: list[LayerStats], config: TextConfig, item: int, top: Ceilings) -> float:
+    """Seconds below which this prefill cannot come."""
+    total = top.seconds(0, item * config.hidden_size * config.vocab_size)
+    for work in works(layers, config, item):
+        total += top.seconds(work.products + work.probes, work.weights)
+        total += top.seconds(work.attention, work.heads) + top.seconds(0, work.rows)
     return total
 
 
@@ -101,11 +101,11 @@ def allowed(spent: float, dense: list[LayerStats], sparse: list[LayerStats],
     """How many times as fast as dense, which took `spent` seconds, a run may be that only leaves
     out attention and products: attention as fast as dense was, products at the peak. What else
     shrinks, such as norms where tokens leave the stream, comes on top."""
-    ours, theirs = works(sparse, config), works(dense, config)
+    ours, theirs = works(sparse, config, item), works(dense, config, item)
     whole = sum(sum(layer.seconds.values()) for layer in dense)
     stage = spent * sum(layer.seconds.get("attend", 0.0) for layer in dense) / whole
     attention = max(0.0, stage - sum(w.beside for w in theirs) / top.peak)
     share = sum(w.attention for w in ours) / sum(w.attention for w in theirs)
     products = sum(w.products for w in theirs) - sum(w.products for w in ours)
     saved = attention * (1 - share) + products / top.peak
-    return spent / max(spent - saved, prefill_floor(sparse, config, item, top))
+    return spent / max(spent - saved, floor(sparse, config, item, top))

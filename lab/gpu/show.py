@@ -98,27 +98,24 @@ def figures(env: Row, rows: list[Row], folder: Path) -> None:
     except ImportError:
         print("no figures: pip install matplotlib", flush=True)
         return
-    good = [r for r in rows if "seconds" in r]
-    faster = [r for r in good if "allowed" in r]
-    steps = [r for r in good if "steps" in r and "cache" not in r]
-    batches = sorted({r["batch"] for r in steps})
-    for name, some, panels in (("prefill", faster, 1), ("decode", steps, len(batches))):
-        if not some:
-            continue
-        figure = Figure(figsize=(6 if panels < 2 else 4 * panels, 3.8), dpi=100,
-                        layout="constrained")  # fmt: skip
-        FigureCanvasAgg(figure)
-        every = figure.subplots(1, panels, squeeze=False)[0]
-        for axes, batch in zip(every, batches if name == "decode" else [1], strict=True):
-            if name == "decode":
-                draw_decode(axes, [r for r in some if r["batch"] == batch])
-            else:
-                draw_faster(axes, some)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
-        figure.suptitle(f"{env['shape']}, {env['dtype']}, {env['card']}, {env['date']}", fontsize=8)
-        figure.savefig(folder / f"{name}.png")
-        shrink(folder / f"{name}.png")
+    steps = [r for r in rows if "steps" in r and "cache" not in r]
+    by_batch = [[r for r in steps if r["batch"] == b] for b in sorted({r["batch"] for r in steps})]
+    faster = [r for r in rows if "allowed" in r]
+    for name, draw, panels in (("prefill", draw_faster, [faster] if faster else []),
+                               ("decode", draw_decode, by_batch)):  # fmt: skip
+        if panels:
+            size = (6 if len(panels) == 1 else 4 * len(panels), 3.8)
+            figure = Figure(figsize=size, dpi=100, layout="constrained")
+            FigureCanvasAgg(figure)
+            for axes, some in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
+                                  strict=True):  # fmt: skip
+                draw(axes, some)
+                axes.grid(alpha=0.3)
+                axes.legend(fontsize=7)
+            title = ", ".join(env[key] for key in ("shape", "dtype", "card", "date"))
+            figure.suptitle(title, fontsize=8)
+            figure.savefig(folder / f"{name}.png")
+            shrink(folder / f"{name}.png")
 
 
 def draw_faster(axes: Axes, rows: list[Row]) -> None:
@@ -131,4 +128,4 @@ def draw_faster(axes: Axes, rows: list[Row]) -> None:
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xscale="log", xlabel="prompt tokens",
              ylabel="prefill, faster than dense (dotted: allowed)")  # fmt: skip
-    ticks(axes, [*rows, *({"tokens": n} for n in PAPER)])
+    ticks(axes, rows)
