@@ -65,7 +65,7 @@ class Size:
 
 
 DRY = Size("tiny", "cpu", torch.float32, "sdpa", (256, 128, 512, 64), 4, 128, 3, 0.05, (256, 64),
-           (1, 2, 32), "tiny-384", 2**21, 2**23, ("--co", "tests/test_cache.py"))  # fmt: skip
+           (1, 2, 8), "tiny-384", 2**20, 3 * 10**6, ("--co", "tests/test_cache.py"))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def figures(env: Row, rows: list[Row], folder: Path) -> None:
         print("no figures: pip install matplotlib", flush=True)
         return
     steps = [r for r in rows if "steps" in r and "cache" not in r]
+    steps.sort(key=lambda r: r["run"])  # one colour a run in all panels
     by_batch = [[r for r in steps if r["batch"] == b] for b in sorted({r["batch"] for r in steps})]
     faster = [r for r in rows if "allowed" in r]
     for name, draw, panels in (("prefill", draw_faster, [faster] if faster else []),
