@@ -19,11 +19,13 @@ import torch
 from zipvl.engine.engine import Step
 from zipvl.engine.speed import GraphStep, StaticStep
 from zipvl.engine.stats import LayerStats, peak_memory, restart_peak
+from zipvl.model.cache import store_as
+from zipvl.model.vlm import VLM
 from zipvl.policies import load_policy
+from zipvl.policy import Notes
 
 from ..bench.benches import our_steps
-from ..bench.kv_memory import layer_bytes
-from ..bench.kv_memory import steps as quantised_steps
+from ..bench.kv_memory import random_cache
 from ..bench.memory import ROOT
 from ..bench.model import Model
 from ..bench.timing import Row, timed
@@ -252,17 +254,18 @@ class Bench:
 
     def bits(self, tokens: int) -> Iterator[Row]:
         """Kept tokens at 4 bits, the others at 2; turned back into numbers at every step."""
-        model, kept = self.model(self.size.shape, self.size.depth), round(0.3 * tokens)
-        storage, c = load_policy(BITS).storage, model.config
-        assert storage is not None
-        layer = layer_bytes(storage, tokens, kept, False, c.num_kv_heads, c.head_dim)
-        with torch.device(self.device):  # the steps of lab/bench name none
-            work = quantised_steps(model, BITS, kept, False, tokens, 2)
-            work()
-            moved = model.step_bytes(1) + c.num_layers * layer
-            row = self.stepped([work] * BLOCKS, 2, 1, moved)
-        yield {"key": f"decode {tokens} bits", "run": "4/2 bits, eager", "tokens": tokens,
-               "batch": 1, "slots": tokens, **row}  # fmt: skip
+        model, policy = self.model(self.size.shape, self.size.depth), load_policy(BITS)
+        c, store = model.config, store_as(policy.storage, ROOM)
+        case = tokens, round(0.3 * tokens), False, c.num_kv_heads, c.head_dim, model.dtype
+        with torch.device(self.device):  # random_cache() names none
+            caches = [random_cache(store, *case) for _ in range(c.num_layers)]
+        step = Step(cast(VLM, model), caches, [Notes(tokens, ROOM)], policy, model.attend)
+        token = torch.zeros(1, dtype=torch.long, device=self.device)
+        work = partial(step, token, token + tokens)
+        work()
+        moved = model.step_bytes(1) + sum(cache.nbytes for cache in caches)
+        row = {"key": f"decode {tokens} bits", "run": "4/2 bits, eager", "tokens": tokens}
+        yield row | {"batch": 1, "slots": tokens, **self.stepped([work] * BLOCKS, 1, 1, moved)}
 
     def equal(self, tokens: int) -> Iterator[Row]:
         """Tokens a second of as many sequences as fit the same bytes of caches."""
