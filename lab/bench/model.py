@@ -25,7 +25,7 @@ from zipvl.model.cache import Kept, LayerCache
 from zipvl.model.decoder import Decoder
 from zipvl.model.vlm import VLM
 from zipvl.policies import load_policy
-from zipvl.policy import Notes
+from zipvl.policy import Notes, Policy
 
 SHAPES = {  # layers, width, heads, kv heads, head size, FFN, vocabulary
     "qwen2-0.5b": ("qwen2", 24, 896, 14, 2, 64, 4864, 151936),
@@ -86,6 +86,12 @@ class Model:
         check_kind(kind, self.device, self.dtype)
         return self.twin(lambda both: pack_weights(both, kind))
 
+    def attending(self, attn: str) -> "Model":
+        """The same tensors behind another attention backend."""
+        twin, c = copy.copy(self), self.config
+        twin.backend, twin.attend = pick(attn, self.device, self.dtype, c.head_dim)
+        return twin
+
     def stepper(self, kind: type[Step], caches: list[LayerCache]) -> Step:
         """Decode steps of one `kind` over `caches`; a Step needs no more of a VLM than this has."""
         notes = [Notes(0) for _ in caches[0].spans.lengths]
@@ -120,7 +126,9 @@ class Model:
         visual = positions < tokens - QUESTION
         return Batch.build([tokens], positions, visual, self.config, self.dtype)
 
-    def prefill(self, ids: Tensor, method: str, room: int | None) -> tuple[Tensor, Counted]:
+    def prefill(
+        self, ids: Tensor, method: str | Policy, room: int | None
+    ) -> tuple[Tensor, Counted]:
         """Logits of the last token, and what the prefill left."""
         batch, recorder = self.batch(len(ids)), Recorder(self.device, self.config)
         x = self.decoder.embed_tokens(ids)
