@@ -53,15 +53,14 @@ def lse_kernel(q, k, rows, part, P, T, per, scale, q_p, q_h, k_t, k_g,
                N: tl.constexpr, M: tl.constexpr):  # fmt: skip
     """A block of part [S, P, H]: N pairs of a row and a head of group g over `per` tokens."""
     g, first = tl.program_id(0) % G, tl.program_id(0) // G * N
-    pair = first + tl.arange(0, N)  # the heads of a row lie side by side, so rows stay sorted
+    pair = first + tl.arange(0, N)  # the heads of a row lie side by side, so rows keep their order
     p, h, inside = pair // R, g * R + pair % R, pair < P * R
     queries = q + p.to(tl.int64) * q_p + h * q_h
     row = tl.load(rows + p, mask=inside, other=-1).to(tl.int32)
-    newest = tl.load(rows + tl.minimum((first + N - 1) // R, P - 1)).to(tl.int32)
     start = tl.program_id(1) * per
     top = tl.full([N], -float("inf"), tl.float32)
     total = tl.zeros([N], tl.float32)  # of 2^(logit - top)
-    for t in range(start, tl.minimum(start + per, newest + 1), M):  # not what no row sees
+    for t in range(start, tl.minimum(start + per, tl.max(row, 0) + 1), M):
         token = t + tl.arange(0, M)
         keys = k + token.to(tl.int64) * k_t + g * k_g
         logits = products(queries, keys, inside, token < T, N, M, D, W)
@@ -92,12 +91,13 @@ def mass_kernel(q, k, rows, lse, mass, P, T, scale, q_p, q_h, k_t, k_g,
     h, t = tl.program_id(0) % (G * R), tl.program_id(0) // (G * R) * M
     token = t + tl.arange(0, M)
     keys = k + token.to(tl.int64) * k_t + h // R * k_g
-    blind = 0  # rows that see none of these tokens
+    start = 0  # behind the blocks of rows that see none of these tokens
     for first in tl.range(0, P, N, num_stages=1):
         p = first + tl.arange(0, N)
-        blind += tl.sum((tl.load(rows + p, mask=p < P, other=T) < t).to(tl.int32), 0)
+        newest = tl.max(tl.load(rows + p, mask=p < P, other=-1), 0)
+        start = tl.where((start == first) & (newest < t), first + N, start)
     total = tl.zeros([M], tl.float32)
-    for first in range(blind // N * N, P, N):
+    for first in range(start, P, N):
         p = first + tl.arange(0, N)
         row = tl.load(rows + p, mask=p < P, other=-1).to(tl.int32)
         base = tl.load(lse + p * (G * R) + h, mask=p < P, other=0.0)
@@ -109,11 +109,12 @@ def mass_kernel(q, k, rows, lse, mass, P, T, scale, q_p, q_h, k_t, k_g,
 
 
 def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
-    """attention.probe_mass: q [P, H, D], k [T, G, D], rows [P] -> [H, T] float32; rows are sorted.
+    """attention.probe_mass: q [P, H, D], k [T, G, D], rows [P] -> [H, T] float32.
 
-    Strides are free but for the last. Temporaries hold [PARTS + 1, P, H] numbers."""
-    (P, H, D), (T, G) = q.shape, k.shape[:2]
-    assert q.stride(2) == k.stride(2) == rows.stride(0) == 1
+    Strides are free but for D's. Rows may lie in any order; where they are sorted, what none of a
+    block sees is skipped. Temporaries hold [PARTS + 1, P, H] numbers."""
+    (P, H, D), (T, G), rows = q.shape, k.shape[:2], rows.contiguous()
+    assert q.stride(2) == k.stride(2) == 1
     float32 = q.dtype == torch.float32
     sizes = {"G": G, "R": H // G, "D": D, "num_warps": 8, "num_stages": 2}
     sizes["W"] = 16 if float32 else max(16, triton.next_power_of_2(D))  # 16: least of a product
@@ -179,19 +180,22 @@ def norm(x: Tensor, h: Tensor | None, weight: Tensor, eps: float) -> tuple[Tenso
 
 
 @triton.jit
-def swiglu_kernel(gate, up, n, N: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    a = tl.load(gate + i, mask=i < n, other=0.0)
-    b = tl.load(up + i, mask=i < n, other=0.0).to(tl.float32)
+def swiglu_kernel(gate, up, gate_n, up_n, F: tl.constexpr, N: tl.constexpr):
+    """N numbers of a row of gate [n, F]."""
+    i, blocks = tl.program_id(0), (F + N - 1) // N
+    n, f = (i // blocks).to(tl.int64), i % blocks * N + tl.arange(0, N)
+    a = tl.load(gate + n * gate_n + f, mask=f < F, other=0.0)
+    b = tl.load(up + n * up_n + f, mask=f < F, other=0.0).to(tl.float32)
     silu = tl.div_rn(a.to(tl.float32), 1.0 + tl.exp(-a.to(tl.float32))).to(a.dtype)
-    tl.store(gate + i, (silu.to(tl.float32) * b).to(a.dtype), mask=i < n)
+    tl.store(gate + n * gate_n + f, (silu.to(tl.float32) * b).to(a.dtype), mask=f < F)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both [n, F] and contiguous, in the memory of `gate`."""
-    assert gate.stride() == up.stride() == (gate.shape[1], 1)
-    n, N = gate.numel(), 2048
-    swiglu_kernel[(triton.cdiv(n, N),)](gate, up, n, N=N)
+    """silu(gate) * up, both [n, F], in the memory of `gate`. They may be halves of wider rows."""
+    (n, F), N = gate.shape, 2048
+    assert gate.stride(1) == up.stride(1) == 1
+    grid = (n * triton.cdiv(F, N),)
+    swiglu_kernel[grid](gate, up, gate.stride(0), up.stride(0), F=F, N=N)
     return gate
 
 
