@@ -28,9 +28,11 @@ MAKERS = {  # scripts with needs of their own: those of the bundled demo read ca
     "lab/demo/tiles.py": "av",
     "lab/demo/resume.py": "torch.load",
     "lab/demo/train.py": "torch.load",
+    "zipvl/model/fused.py": "triton",
 }
 OPTIONAL = (
-    "av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub", "playwright"
+    "av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub", "playwright",
+    "triton",
 )  # fmt: skip
 ROW = re.compile(r"^(\|\s*\[?`?([\w/]+\.py)`?(?:\]\([^)]*\))?\s*\|\s*)(\d+)(\s*\|)", re.M)
 MARK = re.compile(r"<!-- run( slow)? -->\s*```(\w*)\n(.*?)```", re.S)
