@@ -93,7 +93,7 @@ def close(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape
     if got.dtype != torch.float32:
         assert (got == want).float().mean() > 0.99
-    rtol = 2e-6 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps
+    rtol = 5e-6 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps
     torch.testing.assert_close(got, want, rtol=rtol, atol=1e-7)
 
 
@@ -307,10 +307,11 @@ def test_kernels_without_a_gpu(work: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_probe_scores_on_a_gpu(dtype: torch.dtype) -> None:
     load()
+    slack = 3 if dtype == torch.float32 else 20  # tensor cores cut sums off
     for T, P, *sizes in [*SHAPES, (70001, 128, 7, 4, 128), (300000, 64, 7, 2, 128)]:
-        check_probe("cuda", dtype, T, probes(T, P, "cuda", min(P // 2, 64)), *sizes, slack=20)
-    check_probe("cuda", dtype, 4000, torch.arange(100, 170, device="cuda"), 2, 1, 16, slack=20)
-    check_probe("cuda", dtype, 4000, torch.randperm(4000)[:300].cuda(), 2, 1, 64, slack=20)
+        check_probe("cuda", dtype, T, probes(T, P, "cuda", min(P // 2, 64)), *sizes, slack=slack)
+    check_probe("cuda", dtype, 4000, torch.arange(100, 170, device="cuda"), 2, 1, 16, slack=slack)
+    check_probe("cuda", dtype, 4000, torch.randperm(4000)[:300].cuda(), 2, 1, 64, slack=slack)
 
 
 @needs_triton
