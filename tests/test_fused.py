@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zipvl.linear import SwiGLU
 from zipvl.model import attention
-from zipvl.model.batch import Rotate
+from zipvl.model.batch import Rotate, Spans
 from zipvl.model.decoder import rms_norm
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +30,14 @@ needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton, which is made for Linux"
 )
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-fused: Any = None  # the module, from the moment a test wants it
+fused: Any = None  # the modules, from the moment a test wants them
+step: Any = None
 
 
 def load() -> None:
-    global fused
+    global fused, step
     fused = importlib.import_module("zipvl.model.fused")
+    step = importlib.import_module("zipvl.model.fused_decode")
 
 
 @contextmanager
@@ -131,10 +133,34 @@ def check_rotate(device: str, dtype: torch.dtype, n: int, heads: int, D: int) ->
         out = fused.rotate(x, cos, sin)
     want = Rotate()(x, cos, sin)
     assert out.is_contiguous()
-    if dtype == torch.float32:  # one rounding less, where a product and a sum are one instruction
-        torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-6)
-    else:
+    if device == "cpu" and dtype != torch.float32:
         assert torch.equal(out, want)
+        return
+    exact = Rotate()(x.double(), cos.double(), sin.double())  # a GPU rounds less on the way
+    assert (out - exact).norm() <= 1.01 * (want - exact).norm()
+
+
+def check_step(device: str, dtype: torch.dtype, lengths: list[int], R: int, G: int, D: int,
+               room: int = 5, merged: list[int] | None = None) -> None:  # fmt: skip
+    """Free places hold NaN. Against float64, a sequence and a head at a time."""
+    spans = Spans(lengths, device, room, merged, [2.0 + 3 * b for b in range(len(lengths))])
+    q = torch.randn(len(lengths), R * G + 2, D, device=device).to(dtype)[:, 1:-1]
+    k, v = (torch.randn(spans.total, G, D, device=device).to(dtype) for _ in range(2))
+    for start, n, places in zip(spans.starts, lengths, spans.capacity, strict=True):
+        k[start + n : start + places], v[start + n : start + places] = torch.nan, torch.nan
+    with poisoned():
+        out = step.attend_one(q, k, v, Spans([1] * len(lengths), device), spans)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    want = torch.empty_like(out, dtype=torch.float64)
+    for b, at in enumerate(spans.slices()):
+        for h in range(R * G):
+            logits = k[at, h // R].double() @ q[b, h].double() / math.sqrt(D)
+            if merged:
+                logits[: merged[b]] += math.log(spans.weights[b])
+            want[b, h] = logits.softmax(0) @ v[at, h // R].double()
+    slack = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert (out.double() - want).norm() < slack * want.norm()
 
 
 # --- interpreted --------------------------------------------------------------------------------
@@ -148,6 +174,14 @@ SHAPES = [  # T, P, R, G, D
     (150, 70, 4, 1, 80),
     (270, 20, 8, 1, 64),
     (90, 9, 3, 1, 256),
+]
+
+
+STEPS = [  # slots of each sequence, R, G, D
+    ([1], 1, 1, 16),
+    ([64, 1, 300], 7, 2, 64),
+    ([129, 65], 1, 3, 80),
+    ([3, 200, 17, 64, 1], 8, 1, 128),
 ]
 
 
@@ -189,6 +223,10 @@ def interpret() -> None:
             check_gate("cpu", dtype, n, F)
         for n, heads, D in ((1, 1, 16), (3, 7, 80), (5, 4, 128)):
             check_rotate("cpu", dtype, n, heads, D)
+        for lengths, *sizes in STEPS:
+            check_step("cpu", dtype, lengths, *sizes)
+        check_step("cpu", dtype, [90, 7, 200], 2, 2, 16, merged=[30, 0, 200])
+        check_step("cpu", dtype, [130], 3, 1, 80, room=0)
     fused.PROGRAMS = 1  # all tokens in one part
     check_probe("cpu", torch.float16, 300, probes(300, 20, "cpu"), 2, 1, 16)
 
@@ -196,7 +234,7 @@ def interpret() -> None:
 # --- compiled -----------------------------------------------------------------------------------
 
 MOST_SHARED = {80: 163 << 10, 90: 227 << 10}
-POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int64": "*i64"}
+POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "int64": "*i64", "int32": "*i32"}
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, its arguments, options
 
 
@@ -267,13 +305,17 @@ def layer(dtype: torch.dtype, T: int = 65536, H: int = 28, G: int = 4, D: int = 
     fused.add_rms_norm(x, x, weight, 1e-6)
     fused.swiglu(*some(T, 2 * 18944).chunk(2, dim=-1))
     fused.rotate(some(T, H, D), cos, cos)
+    for heads, groups in ((H, G), (40, 40)):
+        spans = Spans([T], "meta", 16)
+        keys = some(spans.total, groups, D)
+        step.attend_one(some(1, heads, D), keys, keys, spans, spans)
 
 
 def compile_all() -> None:
     load()
     for dtype in (torch.bfloat16, torch.float32):
         wanted = launches(lambda dtype=dtype: layer(dtype))
-        assert len(wanted) == 7
+        assert len(wanted) == 7 + 4
         for launch in wanted:
             for target, most in MOST_SHARED.items():
                 shared, usage = build(launch, target)
@@ -325,6 +367,16 @@ def test_rows_on_a_gpu(dtype: torch.dtype) -> None:
         check_gate("cuda", dtype, n, F)
     for n, heads, D in ((1, 1, 16), (333, 7, 80), (70001, 28, 128), (70001, 4, 128)):
         check_rotate("cuda", dtype, n, heads, D)
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES)
+def test_steps_on_a_gpu(dtype: torch.dtype) -> None:
+    load()
+    for lengths, *sizes in [*STEPS, ([70001], 7, 4, 128), ([9000, 1, 20000, 64] * 2, 1, 40, 128)]:
+        check_step("cuda", dtype, lengths, *sizes, room=256)
+    check_step("cuda", dtype, [9000, 70, 2000], 7, 4, 128, merged=[300, 0, 2000])
 
 
 @needs_triton

@@ -28,7 +28,7 @@ RINGS = {  # non-blank lines allowed; a new method may add 60 to its ring, a new
                            "model/quant model/cache_quant"),
     "app": (640, "cli report __init__ __main__"),
     "study": (390, "compare page"),
-    "speed": (540, "engine/speed model/backends model/fused"),
+    "speed": (540, "engine/speed model/backends model/fused model/fused_decode"),
 }  # fmt: skip
 APART = ("testing", "demo")  # public helpers for methods; data
 FLOORS = (  # nobody imports upwards

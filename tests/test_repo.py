@@ -29,6 +29,7 @@ MAKERS = {  # scripts with needs of their own: those of the bundled demo read ca
     "lab/demo/resume.py": "torch.load",
     "lab/demo/train.py": "torch.load",
     "zipvl/model/fused.py": "triton",
+    "zipvl/model/fused_decode.py": "triton",
 }
 OPTIONAL = (
     "av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub", "playwright",

@@ -313,6 +313,13 @@ class GraphStep(StaticStep):
 
     sheds = 0.5
     warm = False
+
+    def __init__(self, model: VLM, caches: Sequence[Cache], notes: list[Notes], policy: Policy,
+                 attend: Attend):  # fmt: skip
+        if isinstance(model.text.norm, FusedNorm):
+            attend = import_module("zipvl.model.fused_decode").attend_one
+        super().__init__(model, caches, notes, policy, attend)
+
     graph: torch.cuda.CUDAGraph | None = None
 
     def run(self) -> Tensor:

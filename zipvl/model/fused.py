@@ -116,9 +116,9 @@ def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     (P, H, D), (T, G), rows = q.shape, k.shape[:2], rows.contiguous()
     assert q.stride(2) == k.stride(2) == 1
     float32 = q.dtype == torch.float32
-    sizes = {"G": G, "R": H // G, "D": D, "num_warps": 8, "num_stages": 2}
+    sizes = {"G": G, "R": H // G, "D": D, "num_warps": 8 if float32 else 4, "num_stages": 2}
     sizes["W"] = 16 if float32 else max(16, triton.next_power_of_2(D))  # 16: least of a product
-    held, read = 64 if float32 else 128, 64  # rows of the block that stays, and of those that pass
+    held = read = 64  # rows of the block that stays, and of those that pass
     scale, strides = math.log2(math.e) / math.sqrt(D), (*q.stride()[:2], *k.stride()[:2])
     blocks, steps = G * triton.cdiv(P * H // G, held), triton.cdiv(T, read)
     per = read * triton.cdiv(steps, max(1, min(PARTS, PROGRAMS // blocks)))
@@ -186,7 +186,7 @@ def swiglu_kernel(gate, up, gate_n, up_n, F: tl.constexpr, N: tl.constexpr):
     n, f = (i // blocks).to(tl.int64), i % blocks * N + tl.arange(0, N)
     a = tl.load(gate + n * gate_n + f, mask=f < F, other=0.0)
     b = tl.load(up + n * up_n + f, mask=f < F, other=0.0).to(tl.float32)
-    silu = tl.div_rn(a.to(tl.float32), 1.0 + tl.exp(-a.to(tl.float32))).to(a.dtype)
+    silu = (a.to(tl.float32) / (1.0 + tl.exp(-a.to(tl.float32)))).to(a.dtype)
     tl.store(gate + n * gate_n + f, (silu.to(tl.float32) * b).to(a.dtype), mask=f < F)
 
 
