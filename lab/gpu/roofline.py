@@ -47,13 +47,15 @@ def clocked(device: torch.device, work: Callable[[], object], repeats: int) -> f
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Random numbers, because some cards multiply zeros faster; long enough to be warm."""
-    size, width, repeats = (2**30, 8192, 100) if device.type == "cuda" else (2**24, 256, 5)
+    """Random numbers, because some cards multiply zeros faster. Products go on for seconds, as a
+    prefill does: a card draws less power than its first ones take."""
+    cuda = device.type == "cuda"
+    size, width, repeats = (2**30, 8192, 100) if cuda else (2**24, 256, 5)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     copy = clocked(device, lambda: target.copy_(source), repeats)
     x, w, out = (torch.randn(width, width, dtype=dtype, device=device) for _ in range(3))
-    product = clocked(device, lambda: torch.mm(x, w, out=out), repeats)
+    product = clocked(device, lambda: torch.mm(x, w, out=out), 1500 if cuda else repeats)
     return Ceilings(2 * size / copy, 2 * width**3 / product)
 
 
