@@ -34,7 +34,9 @@ class Bank:
         """A random row of each group. # int64, shape of `groups`"""
         starts = np.append(np.arange(HARD) * self.each, EMPTY * self.each + self.empty)
         sizes = np.diff(starts, append=len(self.features))
-        return torch.from_numpy(starts[groups] + (rng.random(groups.shape) * sizes[groups]).astype(int))
+        return torch.from_numpy(
+            starts[groups] + (rng.random(groups.shape) * sizes[groups]).astype(int)
+        )
 
 
 def group(thing: Thing) -> int:

@@ -67,9 +67,7 @@ def cluttered(tiles: Tensor, n: int, side: int, rng: torch.Generator) -> Tensor:
     # [n, 3, side, side]
     """
     plain = backgrounds(tiles, n, side, rng)
-    one, other = (
-        strange(backgrounds(tiles, n, side, rng, widest=3.0), rng) for _ in range(2)
-    )
+    one, other = (strange(backgrounds(tiles, n, side, rng, widest=3.0), rng) for _ in range(2))
     cells = int(torch.randint(2, 10, (), generator=rng))
     cloud = torch.rand(n, 1, cells, cells, generator=rng)
     cloud = F.interpolate(cloud, size=(side, side), mode="bicubic")

@@ -205,7 +205,7 @@ def test_memory_is_read_at_the_last_token_of_a_frame(fresh: VLM) -> None:
 def test_memory_is_the_latest_thing_and_the_one_before() -> None:
     things = (Thing("star", "red"), Thing("7", "blue"), Thing("ring", "pink"))
     begun = np.array([0, 1, 1, 2, 3])
-    some = Scene(things, 5, np.arange(5), np.ones(5), begun, begun > 0)
+    some = Scene(things, 5, np.arange(5), np.ones(5), begun, begun > 0, begun < 0)
     star, seven, ring = (training.group(t) // len(NAMES) for t in things)
     assert recent(some, 0).tolist() == [
         [-1, -1], [star, -1], [star, -1], [seven, star], [ring, seven]
