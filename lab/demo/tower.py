@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .backgrounds import window
 from .things import KINDS, NAMES, RADIUS, ROAM, TILT, Placed, colour_rgb, draw
 
-
 EMPTY = 3 / 8  # of the pictures have no sticker
 
 
