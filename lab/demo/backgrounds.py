@@ -59,4 +59,4 @@ def window(tiles: Tensor, x: Tensor, y: Tensor, zoom: Tensor, side: int) -> Tens
     n, zero, room = len(tiles), torch.zeros_like(x), 1 - zoom
     theta = torch.stack([zoom, zero, x * room, zero, zoom, y * room], dim=1).view(n, 2, 3)
     grid = F.affine_grid(theta, [n, 3, side, side], align_corners=False)
-    return F.grid_sample(tiles.float() / 255, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(tiles.float() / 255, grid, padding_mode="reflection", align_corners=False)

@@ -29,7 +29,7 @@ from zipvl.model.decoder import Block, Decoder, RMSNorm
 from zipvl.model.vlm import VLM
 from zipvl.vision.merge import pool_frames
 
-from .bank import EMPTY, Bank, group
+from .bank import EMPTY, HARD, RARE, Bank, group
 from .checkpoint import END, SPECIAL
 from .questions import Question, ask, careless
 from .things import Thing
@@ -50,12 +50,13 @@ class Scene:
     stands_for: np.ndarray  # [S], how many frames each counts as; `frames` together
     begun: np.ndarray  # int64 [S], how many things have come, the one in view included
     in_view: np.ndarray  # bool [S]
+    hard: np.ndarray  # bool [S], which frames look, if empty, as if a thing were there
 
     @property
     def groups(self) -> np.ndarray:
         """The bank's group of each frame."""
         shown = np.array([EMPTY, *map(group, self.things)])
-        return np.where(self.in_view, shown[self.begun], EMPTY)
+        return np.where(self.in_view, shown[self.begun], np.where(self.hard, HARD, EMPTY))
 
 
 def scene(frames: int, shown: int, rng: np.random.Generator, most: int = MOST,
@@ -70,20 +71,22 @@ def scene(frames: int, shown: int, rng: np.random.Generator, most: int = MOST,
         starts = sorted(rng.choice(frames, count, replace=False).tolist())
         events = [(start, start + 1) for start in starts]
     edges = np.unique([0, *(edge for event in events for edge in event), frames])
-    at, stands_for = np.arange(frames), np.ones(frames)
+    at, stands_for, hard = np.arange(frames), np.ones(frames), np.zeros(frames, bool)
     if shown < frames:
-        at, stands_for = some_frames(edges, shown, rng)
+        at, stands_for, hard = some_frames(edges, shown, rng)
     begun = np.searchsorted([start for start, _ in events], at, "right")
     in_view = begun > np.searchsorted([stop for _, stop in events], at, "right")
-    return Scene(tuple(some_things(count, rng)), frames, at, stands_for, begun, in_view)
+    return Scene(tuple(some_things(count, rng)), frames, at, stands_for, begun, in_view, hard)
 
 
-def some_frames(edges: np.ndarray, shown: int,
-                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Frames that stand for all of 0 .. edges[-1] - 1, and for how many each. # both [shown]
+def some_frames(edges: np.ndarray, shown: int, rng: np.random.Generator
+                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Frames that stand for all of 0 .. edges[-1] - 1, for how many each, and which of them are
+    hard ones. # all [shown]
 
     The first and the last frame between two neighbouring edges stand for themselves. Those between
-    them share what they leave evenly; at least one is there.
+    them share what they leave evenly; at least one is there. Where there are more, one of them may
+    stand for the hard frames that so many frames hold.
     """
     inner: list[tuple[int, int]] = []
     kept: list[int] = []
@@ -95,11 +98,16 @@ def some_frames(edges: np.ndarray, shown: int,
     left = np.setdiff1d(rng.choice(edges[-1], min(3 * shown, edges[-1]), replace=False), kept)
     more = rng.permutation(left)[: shown - len(kept)]
     at = np.sort([*kept, *more])
-    stands_for = np.ones(shown)
+    stands_for, hard = np.ones(shown), np.zeros(shown, bool)
     for start, stop in inner:
-        these = (at >= start) & (at < stop)
-        stands_for[these] = (stop - start) / these.sum()
-    return at, stands_for
+        (these,) = ((at >= start) & (at < stop)).nonzero()
+        stands_for[these] = (stop - start) / len(these)
+        expected = (stop - start) / RARE
+        if len(these) > 1 and rng.random() < expected:
+            one, expected = rng.choice(these), max(1.0, expected)
+            stands_for[these] = (stop - start - expected) / (len(these) - 1)
+            stands_for[one], hard[one] = expected, True
+    return at, stands_for, hard
 
 
 @dataclass(frozen=True)

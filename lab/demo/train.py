@@ -52,15 +52,15 @@ TESTS = ((16, 16), (64, 64), (256, 40), (1024, 40))  # frames, and how many are 
 EVERY = 250  # steps from one test to the next
 
 
-def train_tower(model: VLM, some: Tensor, cache: Path, steps: int, stop: int | None) -> bool:
+def train_tower(model: VLM, heads: Heads, some: Tensor, cache: Path, steps: int,
+                stop: int | None) -> bool:  # fmt: skip
     """Stage 1: the tower on single pictures, 64 a step. Returns whether it is at its end."""
-    heads = Heads(model.config.vision.hidden_size)
     initialise(model.vision, model.config.vision.num_layers)
     opts = optimisers(model.vision, heads)
 
     def step(number: int) -> dict[str, Any]:
         rng = torch.Generator().manual_seed(1_000_000 + number)
-        batch = pictures(some, 64, SIDE, GRID, rng)
+        batch = pictures(some, 64, SIDE, GRID, rng, clutter=True)
         loss, _ = heads(model.vision(batch.pixels), batch)
         update(opts, loss, number, steps)
         said: dict[str, Any] = {"loss": round(loss.item(), 4)}
@@ -157,13 +157,15 @@ def train_decoder(model: VLM, bank: Bank, test: Bank, folder: Path, seed: int, s
     return Stage(folder, "decoder", [model, memory, *opts], steps).run(step, stop)
 
 
-def banks(model: VLM, some: Tensor, cache: Path, each: int) -> tuple[Bank, Bank]:
+def banks(model: VLM, heads: Heads, some: Tensor, cache: Path,
+          each: int) -> tuple[Bank, Bank]:  # fmt: skip
     """Stage 2: features for training and for looks at the progress, over tiles set apart."""
     rng, out = torch.Generator().manual_seed(2), []
     for name, tile, frames in (("bank", some, each), ("test", bundled(), max(1, each // 8))):
         path = cache / f"{name}.pt"
         if not path.exists():
-            bank = build(model.vision, tile, frames, SIDE, rng)
+            clutter = name == "bank"
+            bank = build(model.vision, heads.covered, tile, frames, SIDE, rng, clutter)
             torch.save((bank.features, bank.each, bank.empty), path)
         out.append(Bank(*torch.load(path)))
     return out[0], out[1]
@@ -198,9 +200,10 @@ def work(argv: list[str] | None) -> None:
     model, rng = VLM(read_config(folder)), torch.Generator().manual_seed(3)
     photos = torch.load(a.cache / "tiles.pt")
     some = torch.cat([photos, noise(200, rng), gradients(120, rng)])
-    if not train_tower(model, some, a.cache, a.tower_steps, a.stop):
+    heads = Heads(model.config.vision.hidden_size)
+    if not train_tower(model, heads, some, a.cache, a.tower_steps, a.stop):
         return
-    bank, test = banks(model, some, a.cache, a.each)
+    bank, test = banks(model, heads, some, a.cache, a.each)
     torch.manual_seed(a.seed)
     if train_decoder(model, bank, test, folder, a.seed, a.steps, a.stop):
         release(model, folder)

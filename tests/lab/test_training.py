@@ -14,7 +14,7 @@ import torch
 import zipvl
 from lab.demo import checkpoint, train
 from lab.demo import sequences as training
-from lab.demo.bank import EMPTY, Bank, build, group
+from lab.demo.bank import EMPTY, HARD, RARE, Bank, build, group
 from lab.demo.memory import BACK, Memory, recent
 from lab.demo.optim import orthogonal
 from lab.demo.resume import Stage
@@ -125,13 +125,13 @@ def test_scenes_say_what_is_in_view(
         assert some.stands_for.sum() == pytest.approx(frames)
         edges = {0, frames - 1, *(e for start, stop in drawn[-1] for e in (start, stop - 1))}
         assert edges <= set(some.at.tolist())
-        for at, begun, view, which in zip(
-            some.at, some.begun, some.in_view, some.groups, strict=True
+        for at, begun, view, hard, which in zip(
+            some.at, some.begun, some.in_view, some.hard, some.groups, strict=True
         ):
             here = [t for t, (a, b) in zip(some.things, drawn[-1], strict=True) if a <= at < b]
             assert begun == sum(start <= at for start, _ in drawn[-1])
             assert view == bool(here)
-            assert which == (group(here[0]) if here else EMPTY)
+            assert which == (group(here[0]) if here else HARD if hard else EMPTY)
 
 
 def test_needles_are_in_view_once() -> None:
@@ -144,11 +144,16 @@ def test_needles_are_in_view_once() -> None:
 
 def test_frames_of_a_run_stand_for_the_run() -> None:
     rng, edges = np.random.default_rng(), np.array([0, 1, 3, 40, 900, 903])
-    at, stands_for = some_frames(edges, 20, rng)
+    at, stands_for, hard = some_frames(edges, 24, rng)
     for start, stop in pairwise(edges):
         mine = (at >= start) & (at < stop)
         assert stands_for[mine].sum() == pytest.approx(stop - start)
         assert stands_for[mine][0] == stands_for[mine][-1] == 1
+        assert not hard[mine][0]
+        assert not hard[mine][-1]
+        assert hard[mine].sum() <= 1
+    long = hard & (at >= 40) & (at < 900)  # 858 frames within: that some are hard is certain
+    assert stands_for[long].tolist() == [pytest.approx(858 / RARE)]
 
 
 def test_positions_and_weights_are_those_of_the_whole_clip(fresh: VLM) -> None:
@@ -200,7 +205,7 @@ def test_memory_is_read_at_the_last_token_of_a_frame(fresh: VLM) -> None:
 def test_memory_is_the_latest_thing_and_the_one_before() -> None:
     things = (Thing("star", "red"), Thing("7", "blue"), Thing("ring", "pink"))
     begun = np.array([0, 1, 1, 2, 3])
-    some = Scene(things, 5, np.arange(5), np.ones(5), begun, begun > 0)
+    some = Scene(things, 5, np.arange(5), np.ones(5), begun, begun > 0, begun < 0)
     star, seven, ring = (training.group(t) // len(NAMES) for t in things)
     assert recent(some, 0).tolist() == [
         [-1, -1], [star, -1], [star, -1], [seven, star], [ring, seven]
@@ -284,16 +289,20 @@ def test_the_command_stopped_in_every_stage_gives_the_same_file(
 
 
 def test_bank_rows_belong_to_their_group(fresh: VLM) -> None:
-    bank = Bank(torch.zeros(144 * 3 + 5, 1, 1), 3, 5)
-    rng, groups = np.random.default_rng(), np.array([[0, 7, 143, 144]] * 50)
+    bank = Bank(torch.zeros(144 * 3 + 5 + 2, 1, 1), 3, 5)
+    rng, groups = np.random.default_rng(), np.array([[0, 7, 143, EMPTY, HARD]] * 50)
     rows = bank.rows(groups, rng)
+    assert set(rows[:, 4].tolist()) == {437, 438}
     assert (rows[:, 3] >= 432).all()
     assert (rows[:, 3] < 437).all()
     assert (rows[:, :3] // 3 == torch.tensor([0, 7, 143])).all()
     assert group(Thing("9", NAMES[-1])) == 143
     tiles = torch.randint(0, 255, (4, 3, 128, 128)).byte()
-    built = build(fresh.vision, tiles, 1, checkpoint.SIDE, torch.Generator().manual_seed(0))
-    assert built.features.shape == (144 + 24, GRID * GRID, 128)
+    covered, rng = torch.nn.Linear(128, 1), torch.Generator().manual_seed(0)
+    built = build(fresh.vision, covered, tiles, 1, checkpoint.SIDE, rng, clutter=True)
+    assert built.features.shape == (144 + 24 + 2, GRID * GRID, 128)
+    surest = covered(built.features.float()).amax(dim=(1, 2))
+    assert surest[-2:].min() > surest[144:-2].quantile(0.9)
 
 
 def test_tower_labels_name_what_is_drawn(fresh: VLM) -> None:
@@ -306,7 +315,7 @@ def test_tower_labels_name_what_is_drawn(fresh: VLM) -> None:
     dark = batch.colour == NAMES.index("black")  # its outline is white, but may miss a patch
     assert patches[(batch.covered == 1) & ~dark].min() > 0.05
     assert patches[batch.covered == 0].max() < 0.2
-    assert (batch.kind[:8] == -1).all()
+    assert (batch.kind[:24] == -1).all()
     loss, right = Heads(128)(torch.randn(64, GRID * GRID, 128), batch)
     assert loss.isfinite()
     assert right.keys() == {"kind", "colour", "covered"}
