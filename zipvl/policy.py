@@ -263,13 +263,14 @@ def ask_all(verb: Callable[[Any], Plan], views: Iterable[AnyView]) -> list[Plan]
     if not masks and not sums:
         return plans
     # the one time in a layer that the processor waits for its device
+    chosen = {key: places(mask) for key, mask in masks.items()}
     asked = [m.sum() for m in masks.values()] + [total for _, total in sums]
     numbers = torch.stack([n.float() for n in asked]).tolist()
     counts, totals = map(int, numbers[: len(masks)]), numbers[len(masks) :]
     for (layer, _), total in zip(sums, totals, strict=True):
         if not math.isfinite(total):
             raise ModelError(f"the attention scores of layer {layer} {DAMAGED}")
-    indices = {key: indices_of(m, n) for (key, m), n in zip(masks.items(), counts, strict=True)}
+    indices = {key: found[:n] for (key, found), n in zip(chosen.items(), counts, strict=True)}
     if any(not len(index) for index in indices.values()):
         raise UsageError(f"{named(verb)} gives a Plan with an empty mask: keep at least one token")
     parts = ("attend", "cache", "stream", "precise")
@@ -279,14 +280,12 @@ def ask_all(verb: Callable[[Any], Plan], views: Iterable[AnyView]) -> list[Plan]
     ]
 
 
-def indices_of(mask: Tensor, count: int) -> Tensor:
-    """The int64 indices of the `count` places that are True in mask [T]; unlike nonzero() without
-    a question to the device."""
-    places = torch.where(
-        mask, mask.cumsum(0) - 1, count
-    )  # the others share a place that is cut off
-    out = places.new_empty(count + 1)
-    return out.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:count]
+def places(mask: Tensor) -> Tensor:
+    """The int64 indices that are True in mask [T], in order, then nothing of use, [T + 1] in all:
+    what nonzero() gives, without asking the device how many they are."""
+    T = len(mask)
+    at = torch.where(mask, mask.cumsum(0) - 1, T)  # the others share the last place
+    return at.new_empty(T + 1).scatter_(0, at, torch.arange(T, device=mask.device))
 
 
 def answer(verb: Callable[[Any], Plan], view: AnyView) -> Plan:

@@ -41,7 +41,7 @@ BITS = "fixed:ratio=0.3,kv_bits=4/2"
 ROOM, BLOCKS = 16, 4  # new tokens; blocks of them that are timed
 MOST = 7  # repeats of a prefill
 ROOMY = 32 * 2**30  # bytes in which all layers of a 7B model prefill 64k tokens
-PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-m", "gpu"]
+PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-n", "6", "-m", "gpu"]
 Steps = Callable[[int, int], object]
 
 

@@ -159,21 +159,22 @@ class Attention(nn.Module):
         if isinstance(rows, slice):  # everybody attends
             q = self.rotated(self.q_proj, x, batch)
             return self.o_proj(kernel(q, k, v, spans, spans).flatten(1))
-        starts = batch.spans.starts
-        kept = [rows[at] - start for at, start in zip(spans.slices(), starts, strict=True)]
-        parts = list(zip(batch.spans.slices(), spans.slices(), kept, plans, strict=True))
+        parts = list(zip(batch.spans.slices(), spans.slices(), plans, strict=True))
         if any(plan.fill == "own" for plan in plans):  # those that are left out ask as well
             q = self.rotated(self.q_proj, x, batch)
-            outs = [attend_kept(q[at], k[at][i], v[mine], i) for at, mine, i, _ in parts]
+            outs = [
+                attend_kept(q[at], k[rows[mine]], v[mine], rows[mine] - at.start)
+                for at, mine, _ in parts
+            ]
             everybody = self.o_proj(torch.cat(outs).flatten(1))  # [sum T, C]
             o = everybody[rows]
         else:
             q = self.rotated(self.q_proj, x, batch, rows)  # [sum K, H, D]
             o = self.o_proj(kernel(q, k[rows], v, spans, spans).flatten(1))  # [sum K, C]
         out = x.new_zeros(len(x), o.shape[1]).index_copy_(0, rows, o)
-        for at, mine, index, plan in parts:
+        for at, mine, plan in parts:
             if plan.fill == "previous":
-                nearest_earlier(o[mine], index, out[at])
+                nearest_earlier(o[mine], rows[mine] - at.start, out[at])
             elif plan.fill == "own":
                 out[at] = everybody[at]
         return out

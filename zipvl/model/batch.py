@@ -116,7 +116,7 @@ class Batch:
             return slice(None), self.spans
         device = self.positions.device
         parts = [
-            torch.arange(s, s + n, device=device) if index is None else index + s
+            torch.arange(s, s + n, device=device) if index is None else index + s if s else index
             for index, s, n in zip(chosen, self.spans.starts, self.spans.lengths, strict=True)
         ]
         return join(parts), Spans([len(part) for part in parts], device)
