@@ -2,7 +2,7 @@
 
     python -m lab.demo.curve [--cache build/demo] [--out lab/results/demo]
 
-The short log has every 50th step, all tests and the released weights' hash, a line each.
+The short log has every 100th step, all tests and the released weights' hash, a line each.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from ..command import Parser, ended
 from ..experiments import draw
 from .train import TESTS
 
-EVERY = 50  # steps
+EVERY, LOGGED = 50, 100  # steps: of the figure's means, of the short log
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def short(stage: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What of a log is worth keeping."""
-    kept = [r for r in records if "released" in r or r["step"] % EVERY == 0]
+    kept = [r for r in records if "released" in r or r["step"] % LOGGED == 0]
     return [{"stage": stage} | r for r in kept]
 
 

@@ -152,10 +152,11 @@ class Bench:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
                               timeout=200)  # fmt: skip
         tail = (done.stdout + done.stderr).strip().splitlines()[-20:] or ["no word"]
-        found = re.findall(r"(\d+) (passed|failed|skipped)", tail[-1])
+        last = next((x for x in reversed(tail) if " in " in x and "warn" not in x.lower()), "")
+        found = re.findall(r"(\d+) (passed|failed|skipped)", last)
         row: Row = {"key": "tests", "passed": 0, "failed": 0, "tail": tail}
         row |= {what: int(n) for n, what in found}
-        yield row | ({"error": f"pytest -m gpu: {tail[-1]}"} if done.returncode else {})
+        yield row | ({"error": f"pytest -m gpu: {last or tail[-1]}"} if done.returncode else {})
 
     # --- prefill ---
 

@@ -98,7 +98,7 @@ def figures(env: Row, rows: list[Row], folder: Path) -> None:
     except ImportError:
         print("no figures: pip install matplotlib", flush=True)
         return
-    steps = [r for r in rows if "steps" in r and "cache" not in r]
+    steps = [r for r in rows if "steps" in r and "cache" not in r and "bits" not in r["run"]]
     steps.sort(key=lambda r: r["run"])  # one colour a run in all panels
     by_batch = [[r for r in steps if r["batch"] == b] for b in sorted({r["batch"] for r in steps})]
     faster = [r for r in rows if "allowed" in r]
