@@ -79,6 +79,8 @@ def test_every_argument_is_annotated() -> None:
     bare = []
     for path in SOURCES:
         for f in functions(path):
+            if any("triton.jit" in ast.unparse(d) for d in f.decorator_list):
+                continue  # which reads annotations as types of its own
             given = [
                 *f.args.posonlyargs,
                 *f.args.args,
@@ -177,6 +179,7 @@ def test_constraints_pin_every_dependency() -> None:
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.M)
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     names = {re.match(r"[\w.-]+", d)[0] for d in wanted}
+    names.remove("triton")  # each PyTorch for CUDA brings its own
     assert {n.lower().replace("_", "-") for n in names} <= {
         p.lower().replace("_", "-") for p in pinned
     }
