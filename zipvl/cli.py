@@ -88,7 +88,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
     "the machine": [
         ("--device DEVICE", "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
         ("--dtype DTYPE", "auto", "bfloat16 (auto on CUDA, AMX CPUs), float32, float16"),
-        ("--attn ATTN", "auto", "auto, sdpa, torch-flash, cudnn, flash-attn, flash-attn-3"),
+        ("--attn ATTN", "auto", "auto, sdpa, torch-flash, cudnn, flash-attn(-3)"),
         ("--weights KIND", "full", "packed, int8, int4: decode faster on a CPU"),
         ("--kernels KIND", "auto", "plain: none fused, no graph"),
     ],

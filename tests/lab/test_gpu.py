@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -51,8 +52,8 @@ def test_every_kind_of_row(done: Path) -> None:
         assert dense["over dense, FA2"] > 0
         assert rows[f"prefill {n} fixed 0.5"]["allowed"] > 0.9
     assert rows["prefill 512 fixed 0.3"]["ratio"] == pytest.approx(0.3, abs=0.01)
-    assert rows["prefill 512 dense"]["seconds_all_layers"] > sum(
-        rows["prefill 512 dense"]["seconds"]) / len(rows["prefill 512 dense"]["seconds"])  # fmt: skip
+    longest = rows["prefill 512 dense"]
+    assert longest["seconds_all_layers"] > median(longest["seconds"])
     skipped = [key for key, row in rows.items() if "skipped" in row]
     assert skipped == [f"decode 256 x 8 ratio 1, {way}" for way in ("graph", "eager")]
     step = rows["decode 256 x 2 ratio 0.3, eager"]
