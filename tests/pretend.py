@@ -11,32 +11,27 @@ its math kernel, which holds all scores. Not seen: races, memory, what kernels r
 what C++ decides by itself: outside of inference_mode it takes a Fake for the CPU tensor that it is.
 """
 
-import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from pretend_kernels import FUSED, KERNELS, Refused
 from test_graph import Tape, tensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import zipvl
-from zipvl.linear import SwiGLU
-from zipvl.model.attention import probe_mass
-from zipvl.model.batch import Rotate
-from zipvl.model.decoder import rms_norm
 
-ZIPVL, CARDS, MIB = str(Path(zipvl.__file__).parent), 2, 1 << 20
-CPU, HALF = torch.device("cpu"), (torch.float16, torch.bfloat16)
+ZIPVL, CARDS, MIB, CPU = str(Path(zipvl.__file__).parent), 2, 1 << 20, torch.device("cpu")
 SCALARS = {  # operators that take a CPU tensor without dimensions for the number it holds
     "add", "sub", "rsub", "mul", "div", "pow", "remainder", "maximum", "minimum", "clamp", "where", "lt", "le",
     "gt", "ge", "eq", "ne", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "lerp", "addcmul", "fill",
@@ -45,11 +40,8 @@ READS = {  # operators whose result, or its size, the host needs
     "item", "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select",
     "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount", "isin",
 }  # fmt: skip
-PLACES = ("index", "index_put", "index_put_", "_index_put_impl_")
-
-
-class Refused(RuntimeError):
-    """What a real card would not do, or not well."""
+VALUES = {"index_put", "index_put_", "_index_put_impl_", "masked_fill", "masked_fill_"}
+PLACES = VALUES - {"masked_fill", "masked_fill_"} | {"index"}
 
 
 def demand(true: bool, sentence: str) -> None:
@@ -139,30 +131,33 @@ class Card:
             sized = name == "repeat_interleave" and func._overloadname != "self_int"
             if name in READS or (sized and kwargs.get("output_size") is None):
                 self.wait(name)
-        if name in KERNELS:
-            out = KERNELS[name](self, *args, **kwargs)
-        else:
+        self.kernels[name] += 1
+        func = partial(KERNELS[name], self.capability) if name in KERNELS else func
+        try:
             out = func(*tree_map(real, args), **tree_map(real, kwargs))
+        except Refused as e:
+            demand(False, f"{name}: {e}")
         known, home = {id(real(t)): t for t in given}, homes.pop()  # known: written in place
         return tree_map(lambda t: known.get(id(t)) if id(t) in known else fake(t, home), out)
 
     def admit(self, name: str, args: Any, strangers: list[Tensor]) -> None:
-        """CPU tensors may be numbers, or places of an index; a mask's places must be found first."""
-        base, places, values = name.rstrip("_"), [], None
+        """What CUDA does with CPU tensors beside its own, and how it finds the places of masks."""
+        base, places, value = name.rstrip("_"), [], args[2] if name in VALUES else None
+        number = any(value is t for t in strangers) and value.dim() == 0
         if name in PLACES:
             demand(isinstance(args[0], Fake), f"{name} of a CPU tensor by places on {self.home}")
-            places, values = tensors(args[1]), args[2] if len(args) > 2 else None
-            number = isinstance(values, Tensor) and not isinstance(values, Fake)  # for all places
-            if any(t.dtype == torch.bool for t in places) and not number:
+            places = tensors(args[1])
+            by_mask = [t.dtype for t in places if isinstance(t, Fake)] == [torch.bool]
+            if number and not by_mask:  # else it is masked_fill, which takes numbers
+                self.wait("copy to the device")
+            elif any(t.dtype == torch.bool for t in places) and not number:
                 self.wait("index by a mask")
-        elif base == "masked_fill":
-            values = args[2]
         for t in strangers:
             if any(t is p for p in places):
                 self.wait("places from the host")
             else:
-                number = t.dim() == 0 and (base in SCALARS or t is values)
-                demand(number, f"{name} of tensors on cpu and {self.home}")
+                known = t.dim() == 0 and (base in SCALARS or t is value)
+                demand(known, f"{name} of tensors on cpu and {self.home}")
 
     def copied(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         """Copies between devices return at once only where pinned memory takes part."""
@@ -230,10 +225,13 @@ class Card:
         self.wait("synchronize")
 
     def triton(self, readable: Callable) -> Callable:
-        """A kernel of model/fused.py by what it equals; Triton launches on the current device."""
+        """A kernel of ours by what it equals; Triton launches on the current device."""
 
         def launch(*given: Any) -> Any:
             demand(all(isinstance(t, Fake) for t in tensors(given)), "Triton of a CPU tensor")
+            demand(
+                all(t.stride(-1) == 1 for t in tensors(given)), "Triton of numbers that lie apart"
+            )
             self.mine("a Triton kernel is launched")
             self.kernels["triton"] += 1
             return readable(*given)
@@ -299,72 +297,6 @@ def fake(x: Any, home: torch.device) -> Any:
     return Fake(x, home) if isinstance(x, Tensor) else x
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """q [.., H, n, D], k and v [.., G, m, D], `added` to scores -> output and log-sum-exp [.., n]."""
-    k, v = (t.float().repeat_interleave(q.shape[-3] // k.shape[-3], -3) for t in (k, v))
-    scores = q.float() @ k.mT / math.sqrt(q.shape[-1]) + added
-    return (scores.softmax(-1) @ v).to(q.dtype), scores.logsumexp(-1)
-
-
-def hidden(seen: Tensor) -> Tensor:
-    """What a mask of what is seen adds to scores."""
-    return torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
-
-
-def flash(card: Card, q: Fake, k: Fake, v: Fake, q_edges: Fake, k_edges: Fake, q_most: int, k_most: int,
-          dropout: float, causal: bool, debug: bool, *, seqused_k: Fake | None = None) -> tuple:  # fmt: skip
-    """_flash_attention_forward of packed sequences, checked as flash_api.cpp checks."""
-    (rows, H, D), slots, B = q.shape, len(k), len(q_edges) - 1
-    whole = [q_edges, k_edges] if seqused_k is None else [q_edges, k_edges, seqused_k]
-    demand(card.capability >= (8, 0), "FlashAttention before Ampere")
-    demand(q.dtype in HALF and q.dtype == k.dtype == v.dtype, f"FlashAttention of {q.dtype}")
-    demand(D % 8 == 0 and D <= 256 and k.shape == v.shape, f"FlashAttention with heads of {D}")
-    demand(H % k.shape[1] == 0, f"{H} query heads for {k.shape[1]}")
-    demand(all(t.stride(-1) == 1 for t in (q, k, v)), "heads whose numbers lie apart")
-    demand(all(t.dtype == torch.int32 and t.is_contiguous() for t in whole), "places not int32")
-    demand([len(t) for t in whole] == [B + 1, B + 1, B][: len(whole)], "places of another batch")
-    demand(type(q_most) is type(k_most) is int, "longest lengths that are no ints")
-    q_at, k_at, *rest = (t.inner.tolist() for t in whole)
-    used = rest[0] if rest else [b - a for a, b in pairwise(k_at)]
-    out, mass = real(q).clone(), torch.full((H, rows), math.inf)
-    for (a, b), s, n in zip(pairwise(q_at), k_at[:-1], used, strict=True):
-        demand(b - a <= q_most and n <= k_most and b <= rows and s + n <= slots, "wrong lengths")
-        some = [t.transpose(0, 1) for t in (q.inner[a:b], k.inner[s : s + n], v.inner[s : s + n])]
-        seen = torch.ones(b - a, n, dtype=torch.bool).tril(n - (b - a) if causal else n)
-        o, mass[:, a:b] = attention(*some, hidden(seen)) if n else (some[0] * 0, mass[:, a:b])
-        out[a:b] = o.transpose(0, 1)
-    card.kernels["flash"] += 1
-    return out, mass, None, None, None
-
-
-def sdpa(card: Card, q: Fake, k: Fake, v: Fake, mask: Any = None, dropout: float = 0.0, causal: bool = False,
-         *, scale: float | None = None, enable_gqa: bool = False, **named: Any) -> Tensor:  # fmt: skip
-    """Refuses what only the math kernel takes, which holds all scores (check_* in sdp_utils.cpp)."""
-    mask, causal = named.get("attn_mask", mask), named.get("is_causal", causal)
-    H, G, old = q.shape[-3], k.shape[-3], card.capability < (8, 0)
-    demand((enable_gqa or H == G) and not (causal and mask is not None), "SDPA takes no such heads")
-    fast = q.dtype in HALF and mask is None and not old  # what FlashAttention takes
-    how = f"{q.dtype}, {H} heads for {G}, {'no ' * (mask is None)}mask"
-    demand(fast or H == G, f"SDPA by the math kernel: {how}")
-    demand(not old or q.dtype != torch.bfloat16, f"SDPA by the math kernel: {how}, before Ampere")
-    q, k, v, mask = (real(t) for t in (q, k, v, mask))
-    if mask is None:
-        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
-        mask = seen.tril() if causal else seen
-    card.kernels["sdpa"] += 1
-    return attention(q, k, v, hidden(mask) if mask.dtype == torch.bool else mask)[0]
-
-
-KERNELS = {"_flash_attention_forward": flash, "scaled_dot_product_attention": sdpa}
-FUSED = {  # model/fused.py by what its kernels equal
-    "rms_norm": rms_norm,
-    "add_rms_norm": lambda x, h, weight, eps: (x + h, rms_norm(x + h, weight, eps)),
-    "swiglu": SwiGLU(),
-    "rotate": Rotate(),
-    "probe_mass": probe_mass,
-}
-
-
 class Doors(TorchFunctionMode):
     """What Python says to PyTorch and C++ would take for a matter of the CPU, or of a real card."""
 
@@ -392,13 +324,14 @@ class Doors(TorchFunctionMode):
 
 
 @contextmanager
-def pretend(index: int = 0, capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
+def pretend(index: int = 0, capability: tuple[int, int] = (8, 0), triton: bool = True) -> Iterator[Card]:  # fmt: skip
     """A machine with two cards, on number `index` of which everything is to be; 0 is current."""
     card = Card(index, capability)
     with pytest.MonkeyPatch.context() as patch, Doors(card):
         for name, stand_in in card.stand_ins().items():
             patch.setattr(torch.cuda, name, stand_in)
-        fused = SimpleNamespace(**{name: card.triton(f) for name, f in FUSED.items()})
-        patch.setitem(sys.modules, "zipvl.model.fused", fused)
+        for module, functions in FUSED.items():
+            ours = SimpleNamespace(**{name: card.triton(f) for name, f in functions.items()})
+            patch.setitem(sys.modules, module, ours if triton else None)
         patch.setattr(Fake, "card", card)
         yield card
