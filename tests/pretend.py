@@ -224,20 +224,6 @@ class Card:
         self.mine("synchronize", device)
         self.wait("synchronize")
 
-    def triton(self, readable: Callable) -> Callable:
-        """A kernel of ours by what it equals; Triton launches on the current device."""
-
-        def launch(*given: Any) -> Any:
-            demand(all(isinstance(t, Fake) for t in tensors(given)), "Triton of a CPU tensor")
-            demand(
-                all(t.stride(-1) == 1 for t in tensors(given)), "Triton of numbers that lie apart"
-            )
-            self.mine("a Triton kernel is launched")
-            self.kernels["triton"] += 1
-            return readable(*given)
-
-        return launch
-
     def stand_ins(self) -> dict[str, Any]:
         """Of torch.cuda, by name."""
         some, none = (lambda value: lambda *args, **options: value), lambda *args, **options: None
@@ -293,6 +279,20 @@ class Graph(Tape):
         super().__exit__(*error)
 
 
+def launches(readable: Callable) -> Callable:
+    """A kernel of ours by what it equals; Triton launches on the current device."""
+
+    def launch(*given: Any) -> Any:
+        card, some = Fake.card, tensors(given)
+        demand(all(isinstance(t, Fake) for t in some), "Triton of a CPU tensor")
+        demand(all(t.stride(-1) == 1 for t in some), "Triton of numbers that lie apart")
+        card.mine("a Triton kernel is launched")
+        card.kernels["triton"] += 1
+        return readable(*given)
+
+    return launch
+
+
 def fake(x: Any, home: torch.device) -> Any:
     return Fake(x, home) if isinstance(x, Tensor) else x
 
@@ -331,7 +331,7 @@ def pretend(index: int = 0, capability: tuple[int, int] = (8, 0), triton: bool =
         for name, stand_in in card.stand_ins().items():
             patch.setattr(torch.cuda, name, stand_in)
         for module, functions in FUSED.items():
-            ours = SimpleNamespace(**{name: card.triton(f) for name, f in functions.items()})
+            ours = SimpleNamespace(**{name: launches(f) for name, f in functions.items()})
             patch.setitem(sys.modules, module, ours if triton else None)
         patch.setattr(Fake, "card", card)
         yield card
