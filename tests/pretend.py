@@ -27,7 +27,6 @@ from pretend_kernels import FUSED, KERNELS, Refused
 from test_graph import Tape, tensors
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 import zipvl
 
@@ -84,12 +83,21 @@ class Fake(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        demand(cls.card is not None, f"{func} outside of pretend()")
+        demand(cls.card is not None, "an operator outside of pretend()")
         return cls.card.run(func, args, kwargs or {})
 
 
-def real(x: Any) -> Any:
+def real(x: Tensor) -> Tensor:
     return x.inner if isinstance(x, Fake) else x
+
+
+def each(change: Callable[[Tensor], Any], x: Any) -> Any:
+    """Arguments or results of an operator with their tensors changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, dict):
+        return {name: each(change, value) for name, value in x.items()}
+    return type(x)([each(change, y) for y in x]) if isinstance(x, list | tuple) else x
 
 
 class Card:
@@ -121,12 +129,13 @@ class Card:
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operator, some of whose tensors are Fakes."""
-        name, given = func._schema.name.removeprefix("aten::"), tensors((args, kwargs))
+        name, given = func._schema.name.removeprefix("aten::"), []  # its tensors
+        inner, named = each(lambda t: given.append(t) or real(t), (args, kwargs))
         homes = {t.home for t in given if isinstance(t, Fake)}
         if name == "copy_":
             self.copied(args[1], args[0], kwargs.get("non_blocking") or True in args[2:])
         else:
-            demand(len(homes) == 1, f"{name} of tensors on {homes}")
+            demand(len(homes) == 1, f"{name} of tensors on two devices")
             self.admit(name, args, [t for t in given if not isinstance(t, Fake)])
             sized = name == "repeat_interleave" and func._overloadname != "self_int"
             if name in READS or (sized and kwargs.get("output_size") is None):
@@ -134,11 +143,11 @@ class Card:
         self.kernels[name] += 1
         func = partial(KERNELS[name], self.capability) if name in KERNELS else func
         try:
-            out = func(*tree_map(real, args), **tree_map(real, kwargs))
+            out = func(*inner, **named)
         except Refused as e:
             demand(False, f"{name}: {e}")
         known, home = {id(real(t)): t for t in given}, homes.pop()  # known: written in place
-        return tree_map(lambda t: known.get(id(t)) if id(t) in known else fake(t, home), out)
+        return each(lambda t: known.get(id(t)) if id(t) in known else Fake(t, home), out)
 
     def admit(self, name: str, args: Any, strangers: list[Tensor]) -> None:
         """What CUDA does with CPU tensors beside its own, and how it finds the places of masks."""
@@ -180,7 +189,7 @@ class Card:
         if device == x.device:
             return x.to(kind, copy=kwargs.get("copy", False))
         out, later = real(x).to(kind, copy=True), kwargs.get("non_blocking", False)
-        out = fake(out, device) if device.type == "cuda" else self.pin(out) if later else out
+        out = Fake(out, device) if device.type == "cuda" else self.pin(out) if later else out
         self.copied(x, out, later)
         return out
 
@@ -207,7 +216,7 @@ class Card:
             return self.pin(out)
         if func in (torch.tensor, torch.as_tensor, torch.asarray):
             self.wait("copy to the device")
-        return fake(out, self.at(device))
+        return Fake(out, self.at(device))
 
     @contextmanager
     def device(self, device: Any) -> Iterator[None]:
@@ -291,10 +300,6 @@ def launches(readable: Callable) -> Callable:
         return readable(*given)
 
     return launch
-
-
-def fake(x: Any, home: torch.device) -> Any:
-    return Fake(x, home) if isinstance(x, Tensor) else x
 
 
 class Doors(TorchFunctionMode):
