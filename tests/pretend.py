@@ -95,9 +95,9 @@ def each(change: Callable[[Tensor], Any], x: Any) -> Any:
     """Arguments or results of an operator with their tensors changed."""
     if isinstance(x, Tensor):
         return change(x)
-    if isinstance(x, dict):
-        return {name: each(change, value) for name, value in x.items()}
-    return type(x)([each(change, y) for y in x]) if isinstance(x, list | tuple) else x
+    if type(x) is tuple or type(x) is list:
+        return type(x)([each(change, y) for y in x])
+    return {name: each(change, y) for name, y in x.items()} if type(x) is dict else x
 
 
 class Card:
@@ -129,24 +129,34 @@ class Card:
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operator, some of whose tensors are Fakes."""
-        name, given = func._schema.name.removeprefix("aten::"), []  # its tensors
-        inner, named = each(lambda t: given.append(t) or real(t), (args, kwargs))
-        homes = {t.home for t in given if isinstance(t, Fake)}
+        name, known, homes = func._schema.name.removeprefix("aten::"), {}, set()
+
+        def inner(t: Tensor) -> Tensor:
+            x = t
+            if isinstance(t, Fake):
+                x = t.inner
+                homes.add(t.home)
+            known[id(x)] = t
+            return x
+
+        inside, named = each(inner, args), each(inner, kwargs)
         if name == "copy_":
             self.copied(args[1], args[0], kwargs.get("non_blocking") or True in args[2:])
         else:
-            demand(len(homes) == 1, f"{name} of tensors on two devices")
-            self.admit(name, args, [t for t in given if not isinstance(t, Fake)])
+            demand(len(homes) == 1, "an operator over tensors on two devices")
+            strangers = [t for t in known.values() if not isinstance(t, Fake)]
+            if strangers or name in PLACES:
+                self.admit(name, args, strangers)
             sized = name == "repeat_interleave" and func._overloadname != "self_int"
             if name in READS or (sized and kwargs.get("output_size") is None):
                 self.wait(name)
         self.kernels[name] += 1
-        func = partial(KERNELS[name], self.capability) if name in KERNELS else func
         try:
-            out = func(*inner, **named)
+            run = partial(KERNELS[name], self.capability) if name in KERNELS else func
+            out = run(*inside, **named)
         except Refused as e:
             demand(False, f"{name}: {e}")
-        known, home = {id(real(t)): t for t in given}, homes.pop()  # known: written in place
+        home = homes.pop()  # what was written in place, or is given back, is the Fake it was
         return each(lambda t: known.get(id(t)) if id(t) in known else Fake(t, home), out)
 
     def admit(self, name: str, args: Any, strangers: list[Tensor]) -> None:
