@@ -414,11 +414,11 @@ ALIKE = ("zipvl-quant", "zipcache")  # to zipvl with kv_bits=4/2, as far as atte
     [pytest.param(m, marks=pytest.mark.slow) if m.startswith(ALIKE) else m for m in SETTINGS],
 )
 def test_flash_answers_are_the_cpu_s(card: Card, method: str) -> None:
-    """In bfloat16, which this model answers as it does in float32."""
-    engine = loaded("cuda")
+    """In bfloat16, which this model answers as it does in float32; decoded by FlashAttention, too,
+    as no kernel of ours takes its place."""
+    engine = loaded("cuda", kernels="plain")
     assert (engine.backend, engine.model.dtype) == ("torch-flash", torch.bfloat16)
-    want = [tokens[:3] for tokens in wanted(method)]
-    assert answers(engine, method, max_new_tokens=3) == want
+    assert answers(engine, method) == wanted(method)
     assert card.kernels["_flash_attention_forward"]
 
 
