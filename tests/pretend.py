@@ -11,6 +11,7 @@ its math kernel, which holds all scores. Not seen: races, memory, what kernels r
 what C++ decides by itself: outside of inference_mode it takes a Fake for the CPU tensor that it is.
 """
 
+import os
 import sys
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 import zipvl
 
-ZIPVL, CARDS, MIB, CPU = str(Path(zipvl.__file__).parent), 2, 1 << 20, torch.device("cpu")
+ZIPVL, CARDS, MIB, CPU = str(Path(zipvl.__file__).parent) + os.sep, 2, 1 << 20, torch.device("cpu")
 SCALARS = {  # operators that take a CPU tensor without dimensions for the number it holds
     "add", "sub", "rsub", "mul", "div", "pow", "remainder", "maximum", "minimum", "clamp", "where", "lt", "le",
     "gt", "ge", "eq", "ne", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "lerp", "addcmul", "fill",
@@ -56,7 +57,7 @@ def place() -> str:
     if not frame:
         return "no line of zipvl"
     code = frame.f_code
-    return f"{code.co_filename[len(ZIPVL) + 1 :]}:{frame.f_lineno} {code.co_qualname}"
+    return f"{code.co_filename[len(ZIPVL) :]}:{frame.f_lineno} {code.co_qualname}"
 
 
 class Fake(Tensor):
