@@ -69,7 +69,7 @@ class Tape(TorchDispatchMode):
         masks = name in ("index", "index_put_") and [
             t for t in tensors(args[1]) if t.dtype == torch.bool
         ]
-        waits = bool(masks) or name in WAITS
+        waits = bool(masks) or (name in WAITS and kwargs.get("output_size") is None)
         assert not waits, f"{name} waits for the device"
         if func._schema.is_mutable:
             written = zip(func._schema.arguments, args, strict=False)
