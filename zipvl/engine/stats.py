@@ -55,11 +55,12 @@ class Clock:
 def seconds(marks: list[tuple[str, Mark]]) -> dict[str, float]:
     """By stage, between marks; on CUDA waits for the last one."""
     out: dict[str, float] = {}
+    if not isinstance(last := marks[-1][1], float):
+        last.synchronize()
     for (_, before), (stage, after) in pairwise(marks):
         if isinstance(before, float) or isinstance(after, float):
             took = cast(float, after) - cast(float, before)
         else:
-            after.synchronize()
             took = before.elapsed_time(after) / 1000
         out[stage] = out.get(stage, 0.0) + took
     return out

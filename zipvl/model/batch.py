@@ -42,8 +42,8 @@ class Spans:
         self.edges = device_ints[: len(lengths) + 1]  # [B + 1], cu_seqlens of FlashAttention
         self.used = device_ints[len(lengths) + 1 :]  # [B]
         if self.merged:  # on the device once: a CUDA graph must not copy them
-            self.far = torch.tensor(self.merged, dtype=torch.int32, device=device)  # [B]
-            self.stand = torch.tensor(self.weights, device=device).log()  # [B]
+            self.far = sent(torch.tensor(self.merged, dtype=torch.int32), self.used.device)  # [B]
+            self.stand = sent(torch.tensor(self.weights).log(), self.used.device)  # [B]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -45,9 +45,10 @@ class FastV(Policy):
         return Plan()
 
     def choose(self, view: View, score: Tensor) -> Tensor:
-        """Sorted indices of all text tokens and the best of the visual ones, by score [T]."""
-        visual = view.is_visual.nonzero()[:, 0]
-        kept = ~view.is_visual
-        kept[visual[score[visual].topk(round(self.ratio * len(visual))).indices]] = True
-        kept[-1] = True  # makes the first answer token, were it visual
-        return kept.nonzero()[:, 0]
+        """Mask [T] of all text tokens and the best of the visual ones, by score [T]."""
+        order = score.masked_fill(~view.is_visual, -torch.inf).sort(descending=True, stable=True)
+        rank = torch.arange(len(score), device=score.device)
+        best = rank < (self.ratio * view.is_visual.sum()).round()
+        kept = ~view.is_visual | torch.empty_like(best).scatter_(0, order.indices, best)
+        kept[-1:] = True  # makes the first answer token, were it visual
+        return kept

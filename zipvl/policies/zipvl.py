@@ -110,7 +110,7 @@ class Selection(Policy):
         """[T] bool: tokens that stay whatever their score."""
         keep = ~view.is_visual if self.always == "text" else torch.zeros_like(view.is_visual)
         if self.always != "none":
-            keep[-1] = True
+            keep[-1:] = True  # a slice: a number would be sent to the device
         return keep
 
     def keep(self, view: View, score: Tensor, p: int | Tensor) -> Plan:
