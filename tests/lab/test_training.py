@@ -261,6 +261,7 @@ def test_a_stage_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Path) -> No
     assert [line["step"] for line in logs[0]] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_the_command_stopped_in_every_stage_gives_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
