@@ -11,6 +11,7 @@ from ..policy import Policy, sound
 from .fastv import FastV
 from .h2o import H2O
 from .kivi import KIVI
+from .pyramiddrop import PyramidDrop
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Policy]] = {
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
     "kivi": KIVI,
+    "pyramiddrop": PyramidDrop,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
