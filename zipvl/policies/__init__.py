@@ -11,6 +11,7 @@ from ..policy import Policy, sound
 from .fastv import FastV
 from .h2o import H2O
 from .kivi import KIVI
+from .prefixkv import PrefixKV
 from .pyramiddrop import PyramidDrop
 from .snapkv import SnapKV
 from .stream import ZipVLStream
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Policy]] = {
     "zipcache": ZipCache,
     "kivi": KIVI,
     "pyramiddrop": PyramidDrop,
+    "prefixkv": PrefixKV,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

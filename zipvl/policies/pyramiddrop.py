@@ -7,7 +7,7 @@ Phase: prefill, and with it the cache of every later layer; nothing leaves while
 What leaves: visual tokens, before the layer that ranked them computes anything else of them.
 Source: paper and code: before layers 8, 16 and 24 of 32, counted from 0. Elsewhere `cuts` + 1 equal
 stages, a cut's layer rounded down; with fewer layers than stages the first stage is empty.
-Deviations: original positions (the authors number anew what is left, and each stage of its own while
+Deviations: original positions (the authors number anew what is left, each stage of its own while
 decoding); a visual mask instead of one stretch, so that several pictures and videos work; the form
 that is trained is not here.
 """

@@ -1,0 +1,39 @@
+"""Profiles of PrefixKV: the share of a prompt that each layer keeps, measured once, as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import read_json
+from ..errors import ModelError
+from ..policy import check
+
+FORMAT, VERSION = "zipvl-prefixkv", 1
+
+
+def write_profile(path: Path, ratio: float, shares: list[float], **made: Any) -> None:
+    """`shares`, one a layer, of a budget `ratio`; `made` says of what, for people only."""
+    head = {"format": FORMAT, "version": VERSION, "ratio": ratio}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head | made | {"shares": shares}) + "\n", encoding="utf-8")
+
+
+def read_profile(path: str, ratio: float) -> tuple[float, ...]:
+    """The shares in a file of write_profile, made for this `ratio`. Raises ValueError as options
+    do (policy.check)."""
+    try:
+        raw = read_json(Path(path))
+    except ModelError:
+        raise ValueError(f"profile {path} is no readable file of one JSON object") from None
+    kind, shares = (raw.get("format"), raw.get("version")), raw.get("shares")
+    again = "make one with python -m lab.calibrate"
+    check(kind == (FORMAT, VERSION), f"profile {path} is not {FORMAT} version {VERSION}: {again}")
+    listed = isinstance(shares, list) and bool(shares) and all(map(is_share, shares))
+    check(listed, f"profile {path} has no `shares` from 0 to 1, one for each layer: {again}")
+    made = f"{raw.get('ratio')!r:.20}"
+    check(raw.get("ratio") == ratio, f"profile {path} is of ratio={made}: give it, not {ratio}")
+    return tuple(map(float, shares))
+
+
+def is_share(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1
