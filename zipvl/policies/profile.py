@@ -25,12 +25,12 @@ def read_profile(path: str, ratio: float) -> tuple[float, ...]:
         raw = read_json(Path(path))
     except ModelError:
         raise ValueError(f"profile {path} is no readable file of one JSON object") from None
-    kind, shares = (raw.get("format"), raw.get("version")), raw.get("shares")
     again = "make one with python -m lab.calibrate"
+    kind, made = (raw.get("format"), raw.get("version")), f"{raw.get('ratio')!r:.20}"
     check(kind == (FORMAT, VERSION), f"profile {path} is not {FORMAT} version {VERSION}: {again}")
-    listed = isinstance(shares, list) and bool(shares) and all(map(is_share, shares))
-    check(listed, f"profile {path} has no `shares` from 0 to 1, one for each layer: {again}")
-    made = f"{raw.get('ratio')!r:.20}"
+    given = raw.get("shares")
+    shares = given if isinstance(given, list) and all(map(is_share, given)) else []
+    check(bool(shares), f"profile {path} has no `shares` from 0 to 1, one for each layer: {again}")
     check(raw.get("ratio") == ratio, f"profile {path} is of ratio={made}: give it, not {ratio}")
     return tuple(map(float, shares))
 
