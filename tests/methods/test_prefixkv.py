@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from looking import watched
 
 import zipvl
 from zipvl.errors import UsageError
@@ -19,9 +18,12 @@ from zipvl.policy import Notes, Policy
 from zipvl.testing import check_policy
 from zipvl.testing.toy import Toy
 
+from .looking import watched
+
 CASES = [
     ("prefixkv", {"ratio": 0.4}, {"ratio": 1.0}),
-    ("prefixkv", {"ratio": 0.4, "text": True}, {"ratio": 1.0}),
+    ("prefixkv", {"ratio": 0.4, "distance": 3}, {"ratio": 1.0}),
+    ("prefixkv", {"ratio": 0.1, "distance": 1, "text": True}, {"ratio": 1.0}),
     ("prefixkv", {"ratio": 0.01, "sinks": 0}, None),
     ("prefixkv", {"ratio": 0.8, "sinks": 5}, {"ratio": 1.0}),
 ]
@@ -90,7 +92,7 @@ def test_on_random_scores_of_any_shape(seed: int) -> None:
     class View:
         def __init__(self, layer: int, score: np.ndarray):
             self.layer, self.num_layers, self.length, self.notes = layer, L, T, notes
-            self.k, self.is_visual = torch.zeros(1, T, 1), torch.ones(T, dtype=torch.bool)
+            self.every, self.is_visual = torch.arange(T), torch.ones(T, dtype=torch.bool)
             self.mass = lambda: torch.from_numpy(score)[None].float()
 
     held = [np.arange(T)] * L
@@ -124,6 +126,48 @@ def test_no_more_than_the_budget_and_one_layer_is_held(monkeypatch: pytest.Monke
         assert before <= (budget + 94 + i) * slot  # and one free place a layer
         assert after <= (budget + i) * slot
     assert held[-1][1] == (budget + 8) * slot
+
+
+@pytest.mark.parametrize("profile", [False, True])
+@pytest.mark.parametrize(("distance", "ratio"), [(25, 0.8), (7, 0.5), (40, 0.25), (1, 0.9)])
+def test_decoding_deletes_at_one_place(
+    distance: int, ratio: float, profile: bool, tmp_path: Path
+) -> None:
+    """The published rule as it is written for slots that lie in order of position."""
+    toy, T, steps = Toy.build(4, 2, layers=4), 60, 17
+    write_profile(tmp_path / "p.json", ratio, [ratio, 0.31, 0.0, 1.0])
+    path = str(tmp_path / "p.json") if profile else ""
+    got = toy.run(PrefixKV(ratio, distance=distance, profile=path), [toy.prompt(T)], steps)
+    gone = 0
+    for layer, cache in enumerate(got.caches):
+        slots = got.held[0][layer][2][:, 0].tolist()
+        kept = len(slots)
+        for made in range(1, steps + 1):
+            slots.append(T + made - 1)
+            if len(slots) - kept / T * (T + made) >= 1 - 1e-9:
+                at = kept - distance
+                del slots[at if at >= 1 else max(1, kept // 2)]
+                gone += 1
+            if made < steps:
+                assert sorted(got.held[made][layer][2][:, 0].tolist()) == slots
+        assert sorted(cache.view(0)[2][:, 0].tolist()) == slots
+        if profile:  # the layer has no more places than its share needs
+            most = min(steps, int(np.ceil(kept / T * steps)) + 1)
+            assert cache.nbytes == 2 * (kept + most) * 2 * 8 * 4
+    assert gone > 3
+
+
+def test_text_stays_while_decoding() -> None:
+    toy, (ids, visual) = Toy.build(4, 2, layers=4), Toy.build(4, 2).prompt(57)
+    got = toy.run(PrefixKV(0.5, text=True, distance=2), [(ids, visual)], steps=12)
+    text, gone = set((~visual).nonzero()[:, 0].tolist()), 0
+    for cache, before in zip(got.caches, got.held[0], strict=True):
+        held = set(cache.view(0)[2][:, 0].tolist())
+        assert text | set(before[2][:, 0].tolist()) <= held  # the prompt's part stays as it was
+        made = sorted(held - set(before[2][:, 0].tolist()))
+        assert made == list(range(69 - len(made), 69))  # the oldest of the answer left
+        gone += 12 - len(made)
+    assert gone > 8
 
 
 def test_text_stays_where_it_is_told_to() -> None:
@@ -200,7 +244,12 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"ratio": 0}, "ratio is 0"), ({"sinks": -1}, "sinks")]
+    ("options", "says"),
+    [
+        ({"ratio": 0}, "ratio is 0"),
+        ({"sinks": -1}, "sinks is -1"),
+        ({"distance": 0}, "distance is 0"),
+    ],
 )
 def test_options(options: dict, says: str) -> None:
     with pytest.raises(UsageError, match=f"method 'prefixkv': {says}"):

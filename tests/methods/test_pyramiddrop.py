@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from looking import watched
 
 from zipvl.errors import UsageError
 from zipvl.policies import load_policy
@@ -13,6 +12,8 @@ from zipvl.policies.pyramiddrop import PyramidDrop
 from zipvl.policy import Policy
 from zipvl.testing import check_policy
 from zipvl.testing.toy import Toy
+
+from .looking import watched
 
 CASES = [
     ("pyramiddrop", {}, {"lam": 1.0}),

@@ -1,27 +1,25 @@
 """PrefixKV (arXiv 2412.03409): layers share one cache budget by how fast their attention adds up.
 
-A layer ranks tokens by column sums over all prompt rows, mean over heads; going down the rank, more
-and more of its attention is covered. One share p, the same for all layers, is covered by as many
-tokens as the budget has. The paper bisects for p; here the tokens of all layers with least covered
-before them are taken, which is what p gives.
-Phase: the cache, behind each layer of a dense prefill: a token leaves as soon as no later layer can
-bring it back, so at most the budget and one layer are held.
-What leaves: keys and values, the same tokens for all heads; `sinks` and the last token never.
-Source: paper and code: the tokens that always stay are part of the budget, and a layer keeps them
-beside as many as cover p. `profile`: the authors' default, each layer's share is that of a few
-other prompts (python -m lab.calibrate).
+Layers rank tokens by column sums over all prompt rows, mean over heads. One share p of a layer's
+attention, the same for all, is covered by as many tokens as the budget has. The paper bisects for
+p; here the tokens of all layers that have least covered before them are taken.
+Phase: the cache. Behind each layer of a dense prefill tokens leave that no later layer can bring
+back: at most the budget and one layer are held. While decoding a layer keeps its share of all
+tokens: once it has one too many, the slot `distance` before the end of the prompt's part leaves.
+What leaves: keys and values, the same for all heads; not `sinks` and, in prefill, the last token.
+Source: paper and code; what always stays is part of the budget, beside as many as cover p.
 Deviations: original positions (theirs follow layer 0's length); `ratio` stays (theirs leaves);
-`text` keeps all text, which the letter lets leave; nothing leaves while decoding.
+`text` keeps all text, which the letter lets leave, and then the answer's oldest slot leaves.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
-from ..policy import Notes, Plan, Policy, View, check
-from .profile import read_profile
+from ..policy import Notes, Plan, Policy, StepView, View, check
+from .profile import counted, read_profile
 
 
 @dataclass(repr=False)
@@ -29,26 +27,30 @@ class PrefixKV(Policy):
     """Half of the cache stays in the mean over layers."""
 
     ratio: float = 0.5
-    profile: str = ""
+    profile: str = ""  # the authors' default: a file of shares that other prompts gave
     sinks: int = 1
     text: bool = False
+    distance: int = 25
     shares: tuple[float, ...] = field(default=(), init=False, repr=False)  # of the profile
 
     def __post_init__(self) -> None:
         check(0 < self.ratio <= 1, f"ratio is {self.ratio}: give the share to keep, up to 1")
         check(self.sinks >= 0, f"sinks is {self.sinks}: give 0 or more")
+        check(self.distance >= 1, f"distance is {self.distance}: give 1 or more")
         self.shares = read_profile(self.profile, self.ratio) if self.profile else ()
 
     def plan(self, view: View) -> Plan:
-        score, index = view.mass().mean(0), torch.arange(view.length, device=view.k.device)
+        score, index = view.mass().mean(0), view.every
         always = (index < self.sinks) | (index == view.length - 1)
         always = always | ~view.is_visual if self.text else always
         order = score.masked_fill(always, torch.inf).sort(descending=True, stable=True).indices
         rank = index - always.sum()  # along `order`; below 0: those that stay anyway
-        view.notes["layers"] = view.num_layers
+        view.notes["budget"] = round(self.ratio * view.length * view.num_layers)
         if self.profile:
-            best = (rank < 0) | (index < round(self.share(view) * view.length))
-            return Plan(cache=torch.empty_like(best).scatter_(0, order, best))
+            count = max(counted(self.shares, view, self.profile), min(view.length, self.sinks + 1))
+            best = torch.empty_like(always).scatter_(0, order, (rank < 0) | (index < count))
+            room = math.ceil(count * view.notes.new / view.length) + 1
+            return Plan(cache=best, room=None if self.text else room)
         rest = score.sort().values.cumsum(0).flip(0)  # [T] received by the i-th best and all behind
         left = (rest / rest[0])[rank.clamp(min=0)].masked_fill(rank < 0, torch.inf)
         view.notes[view.layer] = order, left
@@ -56,14 +58,12 @@ class PrefixKV(Policy):
 
     def trim(self, layer: int, notes: Notes) -> dict[int, Tensor] | None:
         """Of the layers so far, the budget's number of tokens with most left to cover."""
-        budget = round(self.ratio * notes.prompt * notes["layers"])
-        if self.profile or (layer + 1) * notes.prompt <= budget:
+        if self.profile or (layer + 1) * notes.prompt <= notes["budget"]:
             return None
-        ranks: list[tuple[Tensor, Tensor]] = [notes[i] for i in range(layer + 1)]
-        left, slots = torch.cat([part for _, part in ranks]), {}
-        first = left.sort(descending=True, stable=True).indices[:budget]
-        best = left.isinf().index_fill(0, first, True)
-        parts = best.split([len(part) for _, part in ranks])
+        ranks, slots = [notes[i] for i in range(layer + 1)], {}
+        left = torch.cat([part for _, part in ranks])
+        first = left.argsort(descending=True, stable=True)[: notes["budget"]]
+        parts = left.isinf().index_fill(0, first, True).split([len(order) for order, _ in ranks])
         counts = torch.stack([part.sum() for part in parts]).tolist()
         for i, (n, (order, part)) in enumerate(zip(counts, ranks, strict=True)):
             if n < len(order):
@@ -71,10 +71,12 @@ class PrefixKV(Policy):
                 notes[i] = order[:n], part[:n]
         return slots
 
-    def share(self, view: View) -> float:
-        if len(self.shares) != view.num_layers:
-            raise UsageError(
-                f"profile {self.profile} has {len(self.shares)} layers, and the model "
-                f"{view.num_layers}: make one of this model with python -m lab.calibrate"
-            )
-        return self.shares[view.layer]
+    def step(self, view: StepView) -> Plan:
+        n, T, key = view.length, view.notes.prompt, ("decoding", view.layer)
+        kept, made = view.notes.get(key, (n - 1, 0))  # of the prompt, and of the answer
+        view.notes[key] = kept, made + 1
+        if n * T - kept * (T + made + 1) < T:  # n - kept / T of all tokens seen < 1
+            return Plan()
+        at = kept - self.distance if kept > self.distance else kept // 2  # in order of position
+        at = kept if self.text else max(1, self.sinks, at)
+        return Plan(leave=view.positions[0].topk(n - at).indices[-1:])

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_json
-from ..errors import ModelError
-from ..policy import check
+from ..errors import ModelError, UsageError
+from ..policy import View, check
 
 FORMAT, VERSION = "zipvl-prefixkv", 1
 
@@ -37,3 +37,13 @@ def read_profile(path: str, ratio: float) -> tuple[float, ...]:
 
 def is_share(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1
+
+
+def counted(shares: tuple[float, ...], view: View, path: str) -> int:
+    """How many tokens a layer keeps. Raises UsageError where the model has other layers."""
+    if len(shares) != view.num_layers:
+        raise UsageError(
+            f"profile {path} has {len(shares)} layers, and the model {view.num_layers}: make one "
+            "of this model with python -m lab.calibrate"
+        )
+    return round(shares[view.layer] * view.length)

@@ -37,9 +37,8 @@ class PyramidDrop(Policy):
         stage = self.stage(view.layer, view.num_layers)
         if not stage or stage == self.stage(view.layer - 1, view.num_layers):
             return Plan()
-        last = torch.arange(view.length - 1, view.length, device=view.k.device)
         count = (self.lam**stage * view.notes["visual"]).floor()
-        kept = best_visual(view.mass(last).mean(0), view.is_visual, count)
+        kept = best_visual(view.mass(view.every[-1:]).mean(0), view.is_visual, count)
         return Plan(attend=kept, cache=kept, stream=kept)
 
     def stage(self, layer: int, layers: int) -> int:

@@ -1,4 +1,4 @@
-"""SGL (arXiv 2412.03324, "A Stitch in Time"): a small model's whole answer says which tokens matter.
+"""SGL, "A Stitch in Time" (arXiv 2412.03324): a small model's whole answer ranks visual tokens.
 
 The guide answers first, greedily. The attention that each visual token receives in all its layers
 and heads, from the prompt behind the media and from every generated token, is added up. In the
@@ -9,8 +9,8 @@ nothing and says how good a guide can be.
 Phase: prefill, and with it the cache of every later layer; nothing leaves while decoding.
 What leaves: visual tokens, once. Text stays, original positions stay.
 Source: paper and code; 0.4 and 0.4 are its script for InternVL2 2B and 26B.
-Deviations: rows behind the last of several media; the early exit, which answers with the guide alone
-where it is sure (SEE), is not here: the published scripts run the large model always, too.
+Deviations: rows behind the last of several media; the early exit (SEE), which leaves the answer to
+a guide that is sure, is not here: the published scripts run the large model always, too.
 """
 
 from dataclasses import dataclass

@@ -37,15 +37,14 @@ class VLCache(Policy):
         check(0 < self.ratio <= 1, f"ratio is {self.ratio}: give the share to keep, up to 1")
 
     def plan(self, view: View) -> Plan:
-        rows, H, T = behind(view, FEW), len(view.q), view.length
+        rows, T = behind(view, FEW), view.length
         score = view.k.new_zeros(T, dtype=torch.float32)
         large = torch.zeros((), dtype=torch.int64, device=score.device)
         for _, _, logits in view.logits(rows):  # [h, b, T]
             least = logits.amax(-1, keepdim=True) + math.log(LARGE)
             large += (logits >= least).sum()
             score += logits.softmax(-1).sum((0, 1))
-        index = torch.arange(T, device=score.device)
-        always = index >= T - max(1, round(NEWEST * self.ratio * T))
+        always = view.every >= T - max(1, round(NEWEST * self.ratio * T))
         always = always | ~view.is_visual if self.text else always
         view.notes[view.layer] = score.masked_fill(always, torch.inf), large, always.sum()
         view.notes["layers"] = view.num_layers
@@ -67,7 +66,6 @@ class VLCache(Policy):
 def behind(view: View, few: int) -> Tensor:
     """[P] the rows behind the last visual token; where there are none, the last `few`."""
     if "behind" not in view.notes:  # one wait a prompt
-        index = torch.arange(view.length, device=view.k.device)
-        first = int(torch.where(view.is_visual, index + 1, 0).max())
-        view.notes["behind"] = index[first if 0 < first < view.length else -few :]
+        first = int(torch.where(view.is_visual, view.every + 1, 0).max())
+        view.notes["behind"] = view.every[first if 0 < first < view.length else -few :]
     return view.notes["behind"]
