@@ -41,8 +41,7 @@ class PrefixKV(Policy):
 
     def plan(self, view: View) -> Plan:
         score, index = view.mass().mean(0), view.every
-        always = (index < self.sinks) | (index == view.length - 1)
-        always = always | ~view.is_visual if self.text else always
+        always = (index < self.sinks) | (index == view.length - 1) | (~view.is_visual & self.text)
         order = score.masked_fill(always, torch.inf).sort(descending=True, stable=True).indices
         rank = index - always.sum()  # along `order`; below 0: those that stay anyway
         view.notes["budget"] = round(self.ratio * view.length * view.num_layers)

@@ -4,7 +4,8 @@ question's attention is in it.
 Rows behind the last visual token score: column sums, mean over heads. A layer's density is the
 share of what these rows can see that receives 1 % or more of its row's largest, mean over heads;
 the budget, `ratio` of the prompt in the mean over layers, is divided in proportion, each layer
-between 1 % and all of the prompt, not divided anew after that.
+between 1 % and all of the prompt. What is cut off there goes to nobody, so that sparse layers give
+tokens away even at ratio 1.
 Phase: the cache, once behind a dense prefill: shares are known behind the last layer only, until
 then memory holds all of the prompt. Nothing leaves while decoding.
 What leaves: keys and values, the same tokens for all heads; the newest never, a tenth of the
@@ -44,8 +45,8 @@ class VLCache(Policy):
             least = logits.amax(-1, keepdim=True) + math.log(LARGE)
             large += (logits >= least).sum()
             score += logits.softmax(-1).sum((0, 1))
-        always = view.every >= T - max(1, round(NEWEST * self.ratio * T))
-        always = always | ~view.is_visual if self.text else always
+        newest = view.every >= T - max(1, round(NEWEST * self.ratio * T))
+        always = newest | (~view.is_visual & self.text)
         view.notes[view.layer] = score.masked_fill(always, torch.inf), large, always.sum()
         view.notes["layers"] = view.num_layers
         return Plan()
