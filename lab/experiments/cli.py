@@ -12,7 +12,7 @@ from pathlib import Path
 from zipvl.cli import split_methods
 
 from ..command import Parser, count, counts, ended
-from . import fixed, methods, niah, probes, stale, stays, summary, tau
+from . import fixed, methods, niah, probes, rivals, stale, stays, summary, tau
 from .runner import Job, policy
 
 Run = Callable[[Job], None]
@@ -21,6 +21,8 @@ EXPERIMENTS: dict[str, tuple[Run, str]] = {
     "fixed": (fixed.run, "a fixed ratio against the adaptive one"),
     "layers": (stays.run_layers, "kept tokens by layer and question; correlation with difficulty"),
     "methods": (methods.run, "every method: accuracy against prefill work and cache bytes"),
+    "rivals": (rivals.run, "the whole catalogue at three budgets: lists and counts"),
+    "text_rivals": (rivals.run_text, "the same on a text decoder: loss of 256 decoded tokens"),
     "stale": (stale.run, "text: tokens that are gone against tokens that stay without an update"),
     "summary": (summary.run, "means of what a cache evicts: divergence against bytes"),
     "text_summary": (summary.run_text, "the same on a text decoder: loss against bytes"),

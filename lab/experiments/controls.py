@@ -1,4 +1,5 @@
-"""What a method must beat: tokens that leave by a curve set beforehand, by a rule of one's choice.
+"""What a method must beat: tokens that leave by a curve set beforehand, by a rule of one's choice;
+a cache of random tokens.
 
 python generate.py --method lab/experiments/controls.py:Schedule:kept=1/0.5,by=random -p "Why?"
 """
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, inf
 
 from zipvl.policies.zipvl import Selection
-from zipvl.policy import Plan, View, check, choice
+from zipvl.policy import Plan, Policy, View, check, choice
 
 RULES = ("mass", "last", "knorm", "random")
 
@@ -60,3 +61,22 @@ class Schedule(Selection):
             return view.mass(torch.tensor([view.length - 1])).mean(0)
         rows = self.probe(view)
         return self.score(view, view.mass(rows).mean(0), rows)
+
+
+@dataclass(repr=False)
+class RandomCache(Policy):
+    """Dense prefill, then the first token, the prompt's text and random others stay, `ratio` in
+    all: what any choice among cached tokens must beat."""
+
+    ratio: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(0 < self.ratio <= 1, f"ratio is {self.ratio}: give the share to keep")
+
+    def plan(self, view: View) -> Plan:
+        chance = torch.Generator().manual_seed(self.seed * 1000 + view.layer)
+        score = torch.rand(view.length, generator=chance).to(view.k.device)
+        score = score.masked_fill(~view.is_visual | (view.positions == 0), inf)
+        count = max(1, round(self.ratio * view.length))
+        return Plan(cache=score.topk(count).indices.sort().values)
