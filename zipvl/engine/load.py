@@ -65,8 +65,9 @@ def load(
             f"{folder}: the tokenizer has {chat.vocab_size} entries, the embedding only "
             f"{config.text.vocab_size}: tokenizer and weights belong to different models"
         )
-    beside: dict[str, Any] = {"device": str(place), "dtype": str(kind).removeprefix("torch.")}
-    guides = Guides(str(model or "demo"), beside | {"show_progress": progress, "kernels": kernels})
+    name = str(kind).removeprefix("torch.")
+    beside = {"device": str(place), "dtype": name, "show_progress": progress, "kernels": kernels}
+    guides = Guides(str(model or "demo"), beside)
     return Engine(vlm, chat, backend, attend, progress, GraphStep if fast else Step, guides)
 
 
@@ -78,10 +79,10 @@ class Guides:
     options: dict[str, Any]  # and how
     loaded: dict[str, Engine] = field(default_factory=dict)
 
-    def __call__(self, guide: str, first: Engine,
-                 inputs: list[Inputs]) -> tuple[Engine, list[Inputs]]:  # fmt: skip
+    def __call__(self, guide: str, first: Engine, inputs: list[Inputs]
+                 ) -> tuple[Engine, list[Inputs]]:  # fmt: skip
         """The guide's engine, and the inputs of `first` with media that it has not encoded. Raises
-        UsageError where it would see other tokens, or none."""
+        UsageError where it would see other tokens, or no pixels."""
         fresh = {id(m): replace(m, features=None) for i in inputs for m in i.media}
         if not all(len(m.crops) for m in fresh.values()):
             raise UsageError(
@@ -91,15 +92,14 @@ class Guides:
         if guide not in self.loaded:
             with torch.inference_mode(False):
                 engine = load(guide, **self.options)
-            if differs := next((what for what, of in ALIKE.items() if of(engine) != of(first)), ""):
+            if differs := [what for what, of in ALIKE.items() if of(engine) != of(first)]:
                 raise UsageError(
-                    f"the guide {guide} and the model {self.model} differ in {differs}: a guide "
+                    f"the guide {guide} and the model {self.model} differ in {differs[0]}: a guide "
                     "needs the same tokens of text and media, use a smaller model of the family"
                 )
             self.loaded[guide] = engine
-        return self.loaded[guide], [
-            replace(i, media=[fresh[id(m)] for m in i.media]) for i in inputs
-        ]
+        asked = [replace(i, media=[fresh[id(m)] for m in i.media]) for i in inputs]
+        return self.loaded[guide], asked
 
 
 ALIKE: dict[str, Callable[[Engine], Any]] = {  # what makes tokens of a prompt and its media
