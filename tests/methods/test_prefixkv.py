@@ -157,16 +157,24 @@ def test_decoding_deletes_at_one_place(
     assert gone > 3
 
 
-def test_text_stays_while_decoding() -> None:
+@pytest.mark.parametrize(("ratio", "distance"), [(0.5, 2), (0.5, 25), (0.7, 40), (0.3, 5)])
+def test_text_stays_while_decoding(ratio: float, distance: int) -> None:
+    """The same rule for slots in this order: first token and text, others of the prompt, answer."""
     toy, (ids, visual) = Toy.build(4, 2, layers=4), Toy.build(4, 2).prompt(57)
-    got = toy.run(PrefixKV(0.5, text=True, distance=2), [(ids, visual)], steps=12)
-    text, gone = set((~visual).nonzero()[:, 0].tolist()), 0
-    for cache, before in zip(got.caches, got.held[0], strict=True):
-        held = set(cache.view(0)[2][:, 0].tolist())
-        assert text | set(before[2][:, 0].tolist()) <= held  # the prompt's part stays as it was
-        made = sorted(held - set(before[2][:, 0].tolist()))
-        assert made == list(range(69 - len(made), 69))  # the oldest of the answer left
-        gone += 12 - len(made)
+    got = toy.run(PrefixKV(ratio, text=True, distance=distance), [(ids, visual)], steps=12)
+    always, gone = [0, *(~visual).nonzero()[:, 0].tolist()], 0
+    always = sorted(set(always))
+    for layer, cache in enumerate(got.caches):
+        held = got.held[0][layer][2][:, 0].tolist()
+        slots, kept = always + [j for j in held if j not in always], len(held)
+        for made in range(1, 13):
+            slots.append(57 + made - 1)
+            if len(slots) - kept / 57 * (57 + made) >= 1 - 1e-9:
+                at = kept - distance if kept > distance else kept // 2
+                del slots[max(at, len(always))]
+                gone += 1
+        assert sorted(cache.view(0)[2][:, 0].tolist()) == sorted(slots)
+        assert set(always) <= set(slots)
     assert gone > 8
 
 

@@ -4,12 +4,11 @@ Layers rank tokens by column sums over all prompt rows, mean over heads. One sha
 attention, the same for all, is covered by as many tokens as the budget has. The paper bisects for
 p; here the tokens of all layers that have least covered before them are taken.
 Phase: the cache. Behind each layer of a dense prefill tokens leave that no later layer can bring
-back: at most the budget and one layer are held. While decoding a layer keeps its share of all
-tokens: once it has one too many, the slot `distance` before the end of the prompt's part leaves.
+back, so at most the budget and one layer are held. While decoding a layer keeps its share of all
+tokens: if it has one too many, the slot `distance` before the end of the prompt's part leaves.
 What leaves: keys and values, the same for all heads; not `sinks` and, in prefill, the last token.
 Source: paper and code; what always stays is part of the budget, beside as many as cover p.
-Deviations: original positions (theirs follow layer 0's length); `ratio` stays (theirs leaves);
-`text` keeps all text, which the letter lets leave, and then the answer's oldest slot leaves.
+Deviations: original positions (theirs follow layer 0's length); `text`, if told to, never leaves.
 """
 
 import math
@@ -24,7 +23,7 @@ from .profile import counted, read_profile
 
 @dataclass(repr=False)
 class PrefixKV(Policy):
-    """Half of the cache stays in the mean over layers."""
+    """`ratio` of the cache stays, mean over layers; the authors' --ratio is what leaves."""
 
     ratio: float = 0.5
     profile: str = ""  # the authors' default: a file of shares that other prompts gave
@@ -44,7 +43,7 @@ class PrefixKV(Policy):
         always = (index < self.sinks) | (index == view.length - 1) | (~view.is_visual & self.text)
         order = score.masked_fill(always, torch.inf).sort(descending=True, stable=True).indices
         rank = index - always.sum()  # along `order`; below 0: those that stay anyway
-        view.notes["budget"] = round(self.ratio * view.length * view.num_layers)
+        view.notes["layers"], view.notes["visual"] = view.num_layers, view.is_visual
         if self.profile:
             count = max(counted(self.shares, view, self.profile), min(view.length, self.sinks + 1))
             best = torch.empty_like(always).scatter_(0, order, (rank < 0) | (index < count))
@@ -56,12 +55,12 @@ class PrefixKV(Policy):
         return Plan()
 
     def trim(self, layer: int, notes: Notes) -> dict[int, Tensor] | None:
-        """Of the layers so far, the budget's number of tokens with most left to cover."""
-        if self.profile or (layer + 1) * notes.prompt <= notes["budget"]:
+        budget = round(self.ratio * notes.prompt * notes["layers"])
+        if self.profile or (layer + 1) * notes.prompt <= budget:
             return None
         ranks, slots = [notes[i] for i in range(layer + 1)], {}
         left = torch.cat([part for _, part in ranks])
-        first = left.argsort(descending=True, stable=True)[: notes["budget"]]
+        first = left.argsort(descending=True, stable=True)[:budget]  # of all layers so far
         parts = left.isinf().index_fill(0, first, True).split([len(order) for order, _ in ranks])
         counts = torch.stack([part.sum() for part in parts]).tolist()
         for i, (n, (order, part)) in enumerate(zip(counts, ranks, strict=True)):
@@ -71,11 +70,12 @@ class PrefixKV(Policy):
         return slots
 
     def step(self, view: StepView) -> Plan:
-        n, T, key = view.length, view.notes.prompt, ("decoding", view.layer)
+        n, T, places, key = view.length, view.notes.prompt, view.positions[0], ("step", view.layer)
         kept, made = view.notes.get(key, (n - 1, 0))  # of the prompt, and of the answer
         view.notes[key] = kept, made + 1
         if n * T - kept * (T + made + 1) < T:  # n - kept / T of all tokens seen < 1
             return Plan()
-        at = kept - self.distance if kept > self.distance else kept // 2  # in order of position
-        at = kept if self.text else max(1, self.sinks, at)
-        return Plan(leave=view.positions[0].topk(n - at).indices[-1:])
+        at = kept - self.distance if kept > self.distance else kept // 2
+        text = (places < T) & ~view.notes["visual"][places.clamp(max=T - 1)] & self.text
+        order, slots = places.masked_fill(text | (places < self.sinks), -1).topk(n - at)
+        return Plan(leave=slots.gather(0, (order >= 0).sum()[None] - 1))  # the earliest of these
