@@ -260,6 +260,7 @@ class Policy:
     #   the slots [K] or [G, K] that stay in its cache; the memory of the others is freed
     step: Callable[[StepView], Plan] | None = None
     scout: "Policy | None" = None
+    guide: str = ""  # folder or hub id of the model that the scout runs in; "": in this one
     storage: Storage | None = None  # how caches store keys and values; None: in full precision
 
     def __repr__(self) -> str:
@@ -287,6 +288,8 @@ def sound(policy: Any) -> Policy:
         raise UsageError(
             f"{name}.scout is {shown(policy.scout)}: give a Policy that is made, or None"
         )
+    if not isinstance(policy.guide, str):
+        raise UsageError(f"{name}.guide is {shown(policy.guide)}: give a folder or hub id, or ''")
     if policy.storage is not None and not hasattr(policy.storage, "store"):
         raise UsageError(f"{name}.storage is {shown(policy.storage)}: give a KVFormat, or None")
     return policy

@@ -7,7 +7,7 @@ Decoder.decode. What a method keeps is decided by its policy inside the attentio
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, cast
@@ -97,6 +97,9 @@ class Step:
         return self.model.logits(hidden)
 
 
+Guided = Callable[[str, "Engine", list[Inputs]], tuple["Engine", list[Inputs]]]
+
+
 class Engine:
     """A model, its tokenizer and an attention backend. One request or batch at a time.
 
@@ -104,10 +107,11 @@ class Engine:
     """
 
     def __init__(self, model: VLM, chat: Chat, backend: str, attend: Attend,
-                 progress: Progress = silent, step: type[Step] = Step):  # fmt: skip
+                 progress: Progress = silent, step: type[Step] = Step,
+                 guided: Guided | None = None):  # fmt: skip
         self.model, self.chat, self.config = model, chat, model.config
         self.backend, self.attend = backend, attend
-        self.progress, self.step = progress, step
+        self.progress, self.step, self.guided = progress, step, guided
         self.chunk = CHUNK.get(model.device.type)
 
     def prepare(
@@ -273,10 +277,16 @@ class Engine:
         return x
 
     def take_notes(self, inputs: list[Inputs], policy: Policy, new: int) -> list[Notes]:
-        """Notes for each prompt: fresh ones, or what the method's scout wrote while it answered."""
+        """Notes for each prompt: fresh ones, or what the method's scout wrote while it answered, in
+        this model or in the method's guide."""
         if policy.scout is None:
             return [Notes(len(i), new) for i in inputs]
-        run = Run(self, inputs, policy.scout, Sampling())
+        engine = self
+        if policy.guide:
+            if self.guided is None:
+                raise UsageError(f"{policy} needs a guide beside an engine that load() made")
+            engine, inputs = self.guided(policy.guide, self, inputs)
+        run = Run(engine, inputs, policy.scout, Sampling())
         for _ in run.steps(new, ignore_eos=False):
             pass
         return run.notes
@@ -308,10 +318,10 @@ class Run:
         generators = self.sampling.generators(len(self.inputs))
         began = time.perf_counter()
         self.room = min(max_new_tokens, ROOM)
+        fresh = [i for i in self.inputs if not i.reported]  # preparing is part of the first run
         self.notes = engine.take_notes(self.inputs, self.policy, max_new_tokens)
         if self.policy.scout is not None:
             self.seconds["scout"] = time.perf_counter() - began
-        fresh = [i for i in self.inputs if not i.reported]  # preparing is part of the first run
         self.seconds["video"] = sum(i.seconds for i in fresh)
         out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes, True)
         self.seconds["vision"] += sum(i.vision_seconds for i in fresh)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -13,6 +15,7 @@ from ..model.chat import Chat
 from ..model.layouts import read_config
 from ..model.weights import Progress, find_checkpoint, load_weights, silent
 from .engine import Engine, Step
+from .inputs import HELD, Inputs
 from .speed import GraphStep, check_kind, fuse, pack_weights
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -62,7 +65,48 @@ def load(
             f"{folder}: the tokenizer has {chat.vocab_size} entries, the embedding only "
             f"{config.text.vocab_size}: tokenizer and weights belong to different models"
         )
-    return Engine(vlm, chat, backend, attend, progress, GraphStep if fast else Step)
+    name = str(kind).removeprefix("torch.")
+    beside = {"device": str(place), "dtype": name, "show_progress": progress, "kernels": kernels}
+    guides = Guides(str(model or "demo"), beside)
+    return Engine(vlm, chat, backend, attend, progress, GraphStep if fast else Step, guides)
+
+
+@dataclass
+class Guides:
+    """Models in which the scout of a method answers first (policy.py), each loaded once."""
+
+    model: str  # what the engine itself was loaded from
+    options: dict[str, Any]  # and how
+    loaded: dict[str, Engine] = field(default_factory=dict)
+
+    def __call__(self, guide: str, first: Engine, inputs: list[Inputs]
+                 ) -> tuple[Engine, list[Inputs]]:  # fmt: skip
+        """The guide's engine, and the inputs of `first` with media that it has not encoded. Raises
+        UsageError where it would see other tokens, or no pixels."""
+        fresh = {id(m): replace(m, features=None) for i in inputs for m in i.media}
+        if not all(len(m.crops) for m in fresh.values()):
+            raise UsageError(
+                f"the guide {guide} has to see the pixels itself, and a video of more than {HELD} "
+                f"frames keeps none: use at most --frames {HELD}, or the method without a guide"
+            )
+        if guide not in self.loaded:
+            with torch.inference_mode(False):
+                engine = load(guide, **self.options)
+            if differs := [what for what, of in ALIKE.items() if of(engine) != of(first)]:
+                raise UsageError(
+                    f"the guide {guide} and the model {self.model} differ in {differs[0]}: a guide "
+                    "needs the same tokens of text and media, use a smaller model of the family"
+                )
+            self.loaded[guide] = engine
+        asked = [replace(i, media=[fresh[id(m)] for m in i.media]) for i in inputs]
+        return self.loaded[guide], asked
+
+
+ALIKE: dict[str, Callable[[Engine], Any]] = {  # what makes tokens of a prompt and its media
+    "vocabulary": lambda engine: engine.chat.tokenizer.get_vocab(),
+    "size and cut of pictures": lambda engine: replace(engine.config.media, mean=(), std=()),
+    "tokens of a picture": lambda engine: (engine.config.vision.grid, engine.config.vision.tokens),
+}
 
 
 @contextmanager

@@ -11,9 +11,13 @@ from ..policy import Policy, sound
 from .fastv import FastV
 from .h2o import H2O
 from .kivi import KIVI
+from .prefixkv import PrefixKV
+from .pyramiddrop import PyramidDrop
+from .sgl import SGL
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
+from .vlcache import VLCache
 from .zipcache import ZipCache
 from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
 
@@ -36,6 +40,10 @@ METHODS: dict[str, type[Policy]] = {
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
     "kivi": KIVI,
+    "pyramiddrop": PyramidDrop,
+    "prefixkv": PrefixKV,
+    "vlcache": VLCache,
+    "sgl": SGL,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
