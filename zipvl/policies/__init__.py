@@ -10,6 +10,7 @@ from ..errors import UsageError
 from ..policy import Policy, sound
 from .fastv import FastV
 from .h2o import H2O
+from .keyformer import Keyformer
 from .kivi import KIVI
 from .snapkv import SnapKV
 from .stream import ZipVLStream
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Policy]] = {
     "fastv": FastV,
     "streaming": StreamingLLM,
     "h2o": H2O,
+    "keyformer": Keyformer,
     "snapkv": SnapKV,
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
