@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..policy import Policy, sound
+from .elastic import Elastic
 from .fastv import FastV
 from .h2o import H2O
 from .keyformer import Keyformer
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Policy]] = {
     "streaming": StreamingLLM,
     "h2o": H2O,
     "keyformer": Keyformer,
+    "elastic": Elastic,
     "snapkv": SnapKV,
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
