@@ -13,6 +13,7 @@ from .fastv import FastV
 from .h2o import H2O
 from .keyformer import Keyformer
 from .kivi import KIVI
+from .lookm import LookM
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Policy]] = {
     "h2o": H2O,
     "keyformer": Keyformer,
     "elastic": Elastic,
+    "lookm": LookM,
     "snapkv": SnapKV,
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
