@@ -14,6 +14,7 @@ from .h2o import H2O
 from .keyformer import Keyformer
 from .kivi import KIVI
 from .lookm import LookM
+from .scope import SCOPE
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Policy]] = {
     "keyformer": Keyformer,
     "elastic": Elastic,
     "lookm": LookM,
+    "scope": SCOPE,
     "snapkv": SnapKV,
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
