@@ -18,6 +18,7 @@ from .scope import SCOPE
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
+from .tidal import TidalDecode
 from .zipcache import ZipCache
 from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
 
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Policy]] = {
     "elastic": Elastic,
     "lookm": LookM,
     "scope": SCOPE,
+    "tidal": TidalDecode,
     "snapkv": SnapKV,
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
