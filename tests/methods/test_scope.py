@@ -90,7 +90,7 @@ class Spy(SCOPE):
 def test_what_stays_step_by_step(
     strategy: str, groups: int, seed: int, answer: int, recent: int, delta: int
 ) -> None:
-    toy, steps, G = Toy.build(4, groups, seed), 23, groups
+    toy, steps, G = Toy.build(4, groups, seed), 24, groups
     for T in (50, 12, 5):  # more than the budget, as much, less
         options = {"answer": answer, "recent": recent, "strategy": strategy, "delta": delta}
         spy = Spy(budget=12, window=4, kernel=1, **options)
