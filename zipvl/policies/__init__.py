@@ -8,15 +8,20 @@ from typing import Any
 
 from ..errors import UsageError
 from ..policy import Policy, sound
+from .elastic import Elastic
 from .fastv import FastV
 from .h2o import H2O
+from .keyformer import Keyformer
 from .kivi import KIVI
+from .lookm import LookM
 from .prefixkv import PrefixKV
 from .pyramiddrop import PyramidDrop
+from .scope import SCOPE
 from .sgl import SGL
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
+from .tidal import TidalDecode
 from .vlcache import VLCache
 from .zipcache import ZipCache
 from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
@@ -36,6 +41,11 @@ METHODS: dict[str, type[Policy]] = {
     "fastv": FastV,
     "streaming": StreamingLLM,
     "h2o": H2O,
+    "keyformer": Keyformer,
+    "elastic": Elastic,
+    "lookm": LookM,
+    "scope": SCOPE,
+    "tidal": TidalDecode,
     "snapkv": SnapKV,
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
