@@ -31,6 +31,7 @@ class Kept:
     precise: Tensor | None = None  # [m] slots that a mixed storage gives more bits; None: all
     merged: int = 0  # so many of the first slots are summaries,
     weight: float = 1.0  # of so many tokens each
+    channels: Tensor | None = None  # [D'] or [G, D'] that a thinning storage holds of older keys
 
     @classmethod
     def of(cls, plan: Plan, k: Tensor, v: Tensor, positions: Tensor, chosen: bool) -> "Kept":
@@ -41,7 +42,8 @@ class Kept:
         precise = plan.precise
         if precise is not None and index is not None:
             precise = torch.isin(index, precise).nonzero()[:, 0]
-        kept = cls(select(k, index), v if chosen else select(v, index), where, precise)
+        held = v if chosen else select(v, index)
+        kept = cls(select(k, index), held, where, precise, channels=plan.channels)
         if index is None or not plan.summary or index.shape[-1] == len(k):
             return kept
         return kept.behind(*summaries(k, v, positions, index, plan.summary), len(k))

@@ -14,6 +14,7 @@ from .kivi import KIVI
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
+from .think import ThinK
 from .zipcache import ZipCache
 from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
 
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Policy]] = {
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
     "kivi": KIVI,
+    "think": ThinK,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
