@@ -302,7 +302,7 @@ def test_a_method_may_trim_thinned_caches() -> None:
 
 class Evicts(ThinK):
     def step(self, view: StepView) -> Plan:
-        return Plan(cache=torch.arange(1, view.length))
+        return Plan(leave=torch.tensor([0]))
 
 
 class Summarises(ThinK):

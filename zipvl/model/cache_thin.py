@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .cache import Kept, Store, select
+from ..policy import select
+from .cache import Kept, Store
 from .cache_quant import Column, KVFormat, QuantCache, Scratch, Side, Stored
 from .quant import KEYS
 

@@ -46,7 +46,8 @@ class ThinK(Policy):
         k = view.k
         if cached is not None:
             k = k.gather(1, cached[:, :, None].expand(-1, -1, k.shape[2]))
-        rows = torch.arange(max(0, view.length - self.window), view.length, device=k.device)
-        q = view.by_group(view.queries(rows).float().square().sum(1))  # [G, D], of squares
+        q = view.by_group(
+            view.queries(view.every[-self.window :]).float().square().sum(1)
+        )  # [G, D], of squares
         size = q.sqrt() * torch.linalg.vector_norm(k, dim=1, dtype=torch.float32)
         return size.topk(self.thin.width(k.shape[2])).indices.sort().values
