@@ -46,8 +46,7 @@ class ThinK(Policy):
         k = view.k
         if cached is not None:
             k = k.gather(1, cached[:, :, None].expand(-1, -1, k.shape[2]))
-        q = view.by_group(
-            view.queries(view.every[-self.window :]).float().square().sum(1)
-        )  # [G, D], of squares
-        size = q.sqrt() * torch.linalg.vector_norm(k, dim=1, dtype=torch.float32)
+        squares = view.queries(view.every[-self.window :]).float().square().sum(1)  # [H, D]
+        q = view.by_group(squares).sqrt()
+        size = q * torch.linalg.vector_norm(k, dim=1, dtype=torch.float32)  # [G, D]
         return size.topk(self.thin.width(k.shape[2])).indices.sort().values
