@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..policy import Policy, sound
+from .attnpred import AttnPredLast
+from .attnpred_cnn import AttnPredReimpl
 from .fastv import FastV
 from .h2o import H2O
 from .kivi import KIVI
@@ -38,6 +40,8 @@ METHODS: dict[str, type[Policy]] = {
     "zipcache": ZipCache,
     "kivi": KIVI,
     "think": ThinK,
+    "attnpred_last": AttnPredLast,
+    "attnpred_reimpl": AttnPredReimpl,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
