@@ -78,7 +78,7 @@ class View(LayerView):
     positions: Tensor  # [T] place in the prompt; all of 0..T-1 unless tokens were dropped
     is_visual: Tensor  # [T] bool, image and video tokens
     notes: Notes
-    project_q: Callable[[], Tensor]  # the layer's, behind q, v and mass()
+    project_q: Callable[[Tensor | None], Tensor]  # the layer's, behind q, v and mass()
     project_v: Callable[[], Tensor]
     score: Callable[[Tensor], Tensor]
     blocks: Callable[[Tensor], Iterator[Logits]]  # the layer's, behind logits()
@@ -91,7 +91,11 @@ class View(LayerView):
     @cached_property
     def q(self) -> Tensor:
         """[H, T, D] queries of all tokens."""
-        return self.project_q()
+        return self.project_q(None)
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """[H, P, D] queries of these `rows` [P] alone (int64, sorted)."""
+        return self.project_q(rows)
 
     @cached_property
     def v(self) -> Tensor:
@@ -197,6 +201,8 @@ class Plan:
     #   [T] | [G, T], -1 none, and a weight: a slot holds the weighted means of what joins it
     room: int | None = None  # new tokens that the cache must hold at a time: 1 for a method whose
     #   steps let one slot go for each new one. None: all that follow
+    channels: Tensor | None = None  # [D'] | [G, D']  channels of keys, not tokens: those that a
+    #   thinning storage holds of the older cached tokens (model/cache_thin.py)
     summary: int = 0  # of what `cache` leaves out, in order, each run of about so many tokens
     #   becomes one slot: mean key, mean value, and the logarithm of their number on its score; 0:
     #   nothing stays of it. Verbs do not see these slots, they stay
@@ -297,7 +303,7 @@ def sound(policy: Any) -> Policy:
 
 PARTS = {  # the parts of a Plan that each verb answers with, and their most dimensions
     PromptView: {"stream": 1},
-    View: {"attend": 1, "cache": 2, "stream": 1, "precise": 1},
+    View: {"attend": 1, "cache": 2, "stream": 1, "precise": 1, "channels": 2},
     StepView: {"attend": 2, "leave": 2, "precise": 1},
 }
 
@@ -339,7 +345,7 @@ def ask_all(verb: Callable[[Any], Plan], views: Iterable[AnyView]) -> list[Plan]
     indices = {key: found[:n] for (key, found), n in zip(chosen.items(), counts, strict=True)}
     if any(not len(index) for index in indices.values()):
         raise UsageError(f"{named(verb)} gives a Plan with an empty mask: keep at least one token")
-    parts = ("attend", "cache", "stream", "leave", "precise")
+    parts = ("attend", "cache", "stream", "leave", "precise", "channels")
     return [
         replace(plan, **{p: indices.get(id(getattr(plan, p)), getattr(plan, p)) for p in parts})
         for plan in plans
@@ -360,11 +366,14 @@ def answer(verb: Callable[[Any], Plan], view: AnyView) -> Plan:
     if not isinstance(plan, Plan):
         raise UsageError(f"{named(verb)} gives {shown(plan)}: return a Plan")
     heads = len(view.k) if isinstance(view, LayerView) else 0
-    newest = view.due if isinstance(view, StepView) else view.length
+    counts = {"precise": view.due} if isinstance(view, StepView) else {}
+    if isinstance(view, View):
+        counts["channels"] = view.k.shape[-1]
     for part, ndim in PARTS[type(view)].items():
         if (index := getattr(plan, part)) is None:
             continue
-        if wrong := fault(index, newest if part == "precise" else view.length, ndim, heads):
+        kind = "channel" if part == "channels" else "token"
+        if wrong := fault(index, counts.get(part, view.length), ndim, heads, kind):
             where = "" if isinstance(view, PromptView) else f" in layer {view.layer}"
             raise UsageError(f"{named(verb)} gives a Plan{where} whose {part} {wrong}")
     if isinstance(view, StepView) and plan.cache is not None:
@@ -414,30 +423,32 @@ def shown(x: Any) -> str:
     return " ".join(repr(x).split())[:60]
 
 
-def fault(index: Any, count: int, ndim: int, heads: int) -> str:
-    """What is wrong with an index [K], or [heads, K] where `ndim` is 2, into `count` tokens; "" if
-    nothing is. On an accelerator its numbers are not read: the processor would wait for them."""
+def fault(index: Any, count: int, ndim: int, heads: int, kind: str = "token") -> str:
+    """What is wrong with an index [K], or [heads, K] where `ndim` is 2, into `count` tokens, or
+    what `kind` says; "" if nothing is. On an accelerator its numbers are not read: the processor
+    would wait for them."""
     if not isinstance(index, Tensor):
         return f"is {shown(index)}: give a tensor of indices"
     if index.dtype == torch.bool:
         right = list(index.shape) == [count]
-        return "" if right else f"is a mask of shape {list(index.shape)}: the tokens need [{count}]"
+        return (
+            "" if right else f"is a mask of shape {list(index.shape)}: the {kind}s need [{count}]"
+        )
     if index.dtype != torch.int64:
-        return f"has dtype {index.dtype}: give int64 indices, or a bool mask of all {count} tokens"
+        return f"has dtype {index.dtype}: give int64 indices, or a bool mask of all {count} {kind}s"
     if not 1 <= index.ndim <= ndim:
-        return f"has shape {list(index.shape)}: one index per token is needed"
+        return f"has shape {list(index.shape)}: one index per {kind} is needed"
     if index.ndim == 2 and len(index) != heads:
         return f"has {len(index)} rows: the key/value heads need {heads}, not one row a query head"
     if not index.shape[-1]:
-        return "is empty: keep at least one token"
+        return f"is empty: keep at least one {kind}"
     if index.device.type != "cpu":
         return ""
     if not bool((index.diff(dim=-1) > 0).all()):
         return "is not sorted or not unique: causality needs order, .sort().values"
     if int(index[..., 0].min()) < 0 or int(index[..., -1].max()) >= count:
-        return (
-            f"reaches outside the {count} tokens there are: positions are not indices into the view"
-        )
+        why = ": positions are not indices into the view" if kind == "token" else ""
+        return f"reaches outside the {count} {kind}s there are{why}"
     return ""
 
 

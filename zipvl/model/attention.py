@@ -136,9 +136,10 @@ class Attention(nn.Module):
             watch.looked(b, len(rows) * width * (x.shape[1] + T))
             yield from logit_blocks(q, k[at], rows)
 
-        def project_q() -> Tensor:
-            watch.looked(b, T * x.shape[1] * width)
-            return self.rotated(self.q_proj, x, batch, at).transpose(0, 1)
+        def project_q(rows: Tensor | None) -> Tensor:
+            watch.looked(b, (T if rows is None else len(rows)) * x.shape[1] * width)
+            some = at if rows is None else rows.to(x.device) + at.start
+            return self.rotated(self.q_proj, x, batch, some).transpose(0, 1)
 
         def project_v() -> Tensor:
             watch.looked(b, T * x.shape[1] * self.v_proj.out_features)

@@ -32,6 +32,7 @@ class Kept:
     merged: int = 0  # so many of the first slots are summaries,
     weight: float = 1.0  # of so many tokens each
     room: int | None = None  # for at most so many new tokens at a time; None: as many as come
+    channels: Tensor | None = None  # [D'] or [G, D'] that a thinning storage holds of older keys
 
     @classmethod
     def of(cls, plan: Plan, k: Tensor, v: Tensor, positions: Tensor, chosen: bool) -> "Kept":
@@ -44,9 +45,8 @@ class Kept:
             precise = torch.isin(index, precise).nonzero()[:, 0]
         if plan.merge is not None:
             k, v = (joined(x, *plan.merge) for x in (k, v))
-        kept = cls(
-            select(k, index), v if chosen else select(v, index), where, precise, room=plan.room
-        )
+        held = v if chosen else select(v, index)
+        kept = cls(select(k, index), held, where, precise, room=plan.room, channels=plan.channels)
         if index is None or not plan.summary or index.shape[-1] == len(k):
             return kept
         return kept.behind(*summaries(k, v, positions, index, plan.summary), len(k))

@@ -14,6 +14,7 @@ A method names a KVFormat as its `storage`: zipcache() and kivi() make the publi
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class Column:
     def __init__(self, side: Side, tail: Tensor):
         self.side, self.tail = side, tail  # [places, G, D]
         self.waiting = 0  # tokens in the tail
-        self.parts: list[Packed] = []
+        self.parts: list[Any] = []  # Packed, or what else turns into numbers (cache_thin.py)
 
     @classmethod
     def build(cls, side: Side, x: Tensor, count: int, sets: Sets, room: int) -> "Column":
@@ -225,6 +226,8 @@ class Stored:
 class QuantCache:
     """Keys and values of one layer for a batch of sequences; the same methods as LayerCache."""
 
+    cannot: ClassVar[str] = "a quantised cache cannot do: leave out its kv_bits"
+
     def __init__(self, form: KVFormat, stored: list[Stored], lengths: list[int], room: int,
                  scratch: Scratch):  # fmt: skip
         """`stored`: one a sequence, of `lengths` tokens, with `room` for new ones."""
@@ -292,10 +295,7 @@ class QuantCache:
         return k[at], v[at], self.places(sequence)
 
     def refuse(self) -> None:
-        raise UsageError(
-            "this method drops cached tokens while decoding, which a quantised cache cannot do: "
-            "leave out its kv_bits"
-        )
+        raise UsageError(f"this method drops cached tokens while decoding, which {self.cannot}")
 
     def trim(self, slots: Sequence[Tensor | None]) -> "QuantCache":
         if any(s is not None for s in slots):
@@ -307,7 +307,7 @@ class QuantCache:
         free = self.spans.free(keep) if room is None else room
         if room is not None:
             stored = [one.roomier(n, room) for one, n in zip(stored, lengths, strict=True)]
-        return QuantCache(self.form, stored, lengths, free, self.scratch)
+        return type(self)(self.form, stored, lengths, free, self.scratch)
 
     def sequence_bytes(self) -> list[int]:
         return [storage_bytes(one.tensors()) for one in self.stored]

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import UsageError
 from ..policy import Policy, sound
+from .attnpred import AttnPredLast
+from .attnpred_cnn import AttnPredReimpl
 from .elastic import Elastic
 from .fastv import FastV
 from .h2o import H2O
@@ -21,6 +23,7 @@ from .sgl import SGL
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
+from .think import ThinK
 from .tidal import TidalDecode
 from .vlcache import VLCache
 from .zipcache import ZipCache
@@ -54,6 +57,9 @@ METHODS: dict[str, type[Policy]] = {
     "prefixkv": PrefixKV,
     "vlcache": VLCache,
     "sgl": SGL,
+    "think": ThinK,
+    "attnpred_last": AttnPredLast,
+    "attnpred_reimpl": AttnPredReimpl,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
