@@ -7,7 +7,6 @@ mean, as in the paper).
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from zipvl import Plan, Policy, StepView, View
 
@@ -23,12 +22,12 @@ class TOVA(Policy):
             raise ValueError(f"budget is {self.budget}: give 1 or more")
 
     def plan(self, view: View) -> Plan:
-        last = torch.tensor([view.length - 1])
-        return Plan(cache=self.best(view.mass(last).mean(0)))
+        if view.length <= self.budget:
+            return Plan(room=self.budget - view.length + 1)
+        score = view.mass(torch.tensor([view.length - 1])).mean(0)  # [T]
+        return Plan(cache=score.topk(self.budget).indices.sort().values, room=1)
 
     def step(self, view: StepView) -> Plan:
-        return Plan(cache=self.best(view.mass().mean(0)))
-
-    def best(self, score: Tensor) -> Tensor | None:
-        """Slots of the `budget` best by score [n], in order; None if all fit."""
-        return score.topk(self.budget).indices.sort().values if len(score) > self.budget else None
+        if view.length <= self.budget:
+            return Plan()
+        return Plan(leave=view.mass().mean(0).argmin(keepdim=True))

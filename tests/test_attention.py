@@ -176,7 +176,7 @@ def test_probe_mass_is_the_full_softmax_of_its_rows(T: int, P: int, seed: int, G
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     assert torch.allclose(got.sum(1), torch.tensor(float(len(rows))))
-    view = View(0, 1, k.transpose(0, 1), torch.arange(T), torch.ones(T) > 0, Notes(T), *[None] * 3)
+    view = View(0, 1, k.transpose(0, 1), torch.arange(T), torch.ones(T) > 0, Notes(T), *[None] * 4)
     assert view.seen(rows).tolist() == [sum(r >= j for r in rows.tolist()) for j in range(T)]
 
 

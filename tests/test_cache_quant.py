@@ -190,7 +190,7 @@ def test_one_scratch_buffer_serves_all_layers() -> None:
 
 def test_a_quantised_cache_says_that_it_cannot_evict() -> None:
     cache, _ = build(zipcache((4,), 3), [9], [None], room=2)
-    for evict in (lambda: cache.apply([Plan(cache=torch.arange(3))]),
+    for evict in (lambda: cache.apply([Plan(leave=torch.arange(3))]),
                   lambda: cache.trim([torch.arange(3)])):  # fmt: skip
         with pytest.raises(UsageError, match="leave out its kv_bits"):
             evict()

@@ -1,5 +1,6 @@
 """Every method keeps the contract of policy.py, and the contract notices methods that do not."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -73,7 +74,11 @@ def test_contract(name: str, options: dict, everything: dict | None) -> None:
 
 
 def test_every_method_is_in_the_contract_test() -> None:
-    assert {name for name, _, _ in CASES} >= METHODS.keys()
+    """Here, or in its own file among tests/methods."""
+    files = [importlib.import_module(f"tests.methods.{path.stem}")
+             for path in sorted((ROOT / "tests/methods").glob("test_*.py"))]  # fmt: skip
+    cases = [*CASES, *(case for file in files for case in file.CASES)]
+    assert {name for name, _, _ in cases} >= METHODS.keys()
 
 
 class Selects(Policy):
@@ -119,7 +124,22 @@ class ByQueryHead(Policy):
 
 class EvictsBackwards(Policy):
     def step(self, view: StepView) -> Plan:
-        return Plan(cache=torch.arange(view.length).flip(0))
+        return Plan(leave=torch.arange(2).flip(0))
+
+
+class NamesWhatStays(Policy):
+    def step(self, view: StepView) -> Plan:
+        return Plan(cache=torch.arange(view.length))
+
+
+class HidesWhatItAttends(Policy):
+    def plan(self, view: View) -> Plan:
+        return Plan(attend=view.every, mask=lambda rows: torch.ones(len(rows), view.length) > 0)
+
+
+class HasNoRoom(Policy):
+    def plan(self, view: View) -> Plan:
+        return Plan(room=0)
 
 
 class ReadsOneQueryHeadEach(Policy):
@@ -163,6 +183,9 @@ FAULTS = [
     (Fixed100, "clamp"),
     (ByQueryHead, "not one row a query head"),
     (EvictsBackwards, "not sorted"),
+    (NamesWhatStays, "name what is to `leave`"),
+    (HidesWhatItAttends, "not both"),
+    (HasNoRoom, "room is 0: give new tokens"),
     (ReadsOneQueryHeadEach, "not one row a query head"),
     (AsksForRowsBackwards, "the rows of view.mass"),
     (LetsTheLastTokenWait, "last token"),
@@ -248,19 +271,65 @@ class Fetches(Policy):
 
 
 class Mixed(Policy):
-    """step(): reads a few slots in one layer, evicts in another, looks in the third."""
+    """step(): reads a few slots and lets some go by head, evicts in another layer, looks only."""
 
     def step(self, view: StepView) -> Plan:
         newest = torch.arange(view.length)[-3:]
         if view.layer == 0:
-            return Plan(attend=newest, cache=torch.arange(max(0, view.length - 9), view.length))
+            least = view.by_group(view.mass()).topk(min(2, view.length - 1), largest=False).indices
+            return Plan(attend=newest, leave=least.sort().values if view.length > 1 else None)
         if view.layer == 1:
-            return Plan(cache=newest)
-        view.mass()
+            old = view.positions.sort(dim=1).indices[:, :-3].sort().values
+            return Plan(leave=old if old.shape[1] else None)
+        view.mass(newest)
         return Plan()
 
 
-@pytest.mark.parametrize("make", [Enters, Trims, Fetches, Mixed])
+class Masked(Policy):
+    """mask: each head sees itself, what is a multiple of 3 or 5 before it, and the first token."""
+
+    def plan(self, view: View) -> Plan:
+        steps = torch.tensor([3, 5, 3, 5])[:, None, None]
+
+        def mask(rows: Tensor) -> Tensor:
+            back = rows[:, None] - view.every
+            return (back % steps == 0) | (view.every == 0)
+
+        first = view.layer == 0
+        return Plan(mask=mask) if not first else Plan(mask=lambda rows: mask(rows)[0])
+
+
+class Merges(Policy):
+    """merge: every third token stays, and takes in those behind it, by head or for all heads."""
+
+    def plan(self, view: View) -> Plan:
+        into = view.every // 3 * 3
+        weight = 1 + view.every % 7
+        if view.layer == 1:
+            weight = weight.expand(len(view.k), -1)
+            into = torch.stack([into, *[torch.where(into == 0, -1, into)] * (len(view.k) - 1)])
+        return Plan(cache=view.every[::3], merge=(into, weight), room=2 if view.layer else None)
+
+    def step(self, view: StepView) -> Plan:
+        return Plan(leave=torch.tensor([0])) if view.layer and view.length > 1 else Plan()
+
+
+class Looks(Policy):
+    """logits(): keeps what the rows' largest logits name, and the blocks are the method's own."""
+
+    def plan(self, view: View) -> Plan:
+        rows = view.every[-3:]
+        best = torch.full((view.length,), -torch.inf)
+        for heads, some, logits in view.logits(rows):
+            assert logits.shape == (heads.stop - heads.start, len(some), view.length)
+            assert bool((logits.isneginf() == (view.every > some[:, None])).all())
+            best = torch.maximum(best, logits.amax(dim=(0, 1)))
+            logits.fill_(0)
+        kept = best.topk(view.length // 2 + 1).indices.sort().values
+        return Plan(cache=kept)
+
+
+@pytest.mark.parametrize("make", [Enters, Trims, Fetches, Mixed, Masked, Merges, Looks])
 def test_contract_of_the_other_verbs(make: Callable[[], Policy]) -> None:
     check_policy(make)
 
@@ -347,8 +416,8 @@ def test_streaming_holds_sinks_and_window_while_decoding() -> None:
     toy = Toy.build(4, 2)
     got = toy.run(StreamingLLM(2, 5), [toy.prompt(30), toy.prompt(6)])
     for cache in got.caches:
-        assert cache.view(0)[2][:, 0].tolist() == [0, 1, *range(29, 34)]
-        assert cache.view(1)[2][:, 0].tolist() == [0, 1, *range(5, 10)]
+        assert sorted(cache.view(0)[2][:, 0].tolist()) == [0, 1, *range(29, 34)]
+        assert sorted(cache.view(1)[2][:, 0].tolist()) == [0, 1, *range(5, 10)]
 
 
 def full_attention(view: View) -> Tensor:
@@ -384,18 +453,20 @@ def test_h2o_adds_each_decode_step_and_evicts_the_least() -> None:
     notes[0] = torch.tensor([[5.0, 1, 4, 3], [1.0, 5, 4, 3]])
 
     class Step:  # two query heads, two key/value heads, five slots
-        layer, by_group = 0, staticmethod(lambda x: x)
+        layer, length, by_group = 0, 5, staticmethod(lambda x: x)
 
-        def __init__(self, probs: Tensor):
-            self.notes, self.mass = notes, lambda: probs
+        def __init__(self, probs: Tensor, positions: list):
+            self.notes, self.mass, self.positions = notes, lambda: probs, torch.tensor(positions)
 
     probs = torch.tensor([[0.0, 0.2, 0.0, 0.3, 0.5], [0.0, 0.0, 0.0, 0.0, 1.0]])
-    slots = policy.step(Step(probs)).cache
-    assert slots.tolist() == [[0, 2, 3, 4], [1, 2, 3, 4]]
-    torch.testing.assert_close(notes[0], torch.tensor([[5.0, 4, 3.3, 0.5], [5.0, 4, 3, 1]]))
-    # what left is forgotten: a late favourite beats an early one
-    slots = policy.step(Step(torch.tensor([[0.0, 0, 2.0, 0, 0], [0.0, 0, 0, 9, 0]]))).cache
-    assert slots.tolist() == [[0, 2, 3, 4], [0, 1, 3, 4]]
+    plan = policy.step(Step(probs, [[0, 1, 2, 3, 4]] * 2))
+    assert plan.leave.tolist() == [[1], [0]]  # the newest takes its place
+    torch.testing.assert_close(notes[0], torch.tensor([[5.0, 0.5, 4, 3.3], [1.0, 5, 4, 3]]))
+    # what left is forgotten: a late favourite beats an early one; 4 and 5 are recent
+    probs = torch.tensor([[0.0, 0, 0, 0.9, 0], [0.0, 0, 0, 9, 0]])
+    plan = policy.step(Step(probs, [[0, 4, 2, 3, 5], [4, 1, 2, 3, 5]]))
+    assert plan.leave.tolist() == [[2], [2]]
+    torch.testing.assert_close(notes[0], torch.tensor([[5.0, 0.5, 0, 4.2], [1.0, 5, 0, 12]]))
 
 
 def test_looking_at_a_step_changes_nothing() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from zipvl import UsageError
@@ -83,20 +83,20 @@ def test_top_p_of_one_leaves_the_rarest_in() -> None:
     st.integers(0, 14),
     st.floats(1e-6, 1.0),
 )
+@example([0, 1, 147], 0.25, 0, 0.9999999999999999)
 @settings(max_examples=150, deadline=None)
 def test_any_options_draw_as_defined(
     sixteenths: list[int], temperature: float, top_k: int, top_p: float
 ) -> None:
     logits = np.array(sixteenths, dtype=np.float32) / 16
-    near = [allowed(logits, temperature, top_k, top_p * (1 + e)) for e in (-1e-9, 1e-9)]
+    few, many = (allowed(logits, temperature, top_k, top_p * (1 + e)) for e in (-1e-9, 1e-9))
     found = chances(Sampling(temperature, top_p, top_k), logits)
     if not top_k and top_p == 1:  # all tokens, in float32: the rarest weigh nothing
-        near = [np.where(wanted < 1e-44, 0, wanted) for wanted in near]
-        found = np.where(found < 1e-44, 0, found)
-    assert any(
-        ((found > 0) == (wanted > 0)).all() and np.allclose(found, wanted, rtol=1e-5)
-        for wanted in near
-    )
+        few, many, found = (np.where(x < 1e-44, 0, x) for x in (few, many, found))
+    assert ((few > 0) <= (found > 0)).all()  # a border nearer than a hair may fall on either side
+    assert ((found > 0) <= (many > 0)).all()
+    wanted = np.where(found > 0, many, 0)
+    assert np.allclose(found, wanted / wanted.sum(), rtol=1e-5)
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zipvl import Plan, Policy, UsageError, View, load_policy
-from zipvl.model.attention import probe_mass
+from zipvl.model.attention import logit_blocks, probe_mass
 from zipvl.policies import METHODS
 from zipvl.policies.zipvl import ZipVL, covering
 from zipvl.policy import Notes, ask
@@ -46,7 +46,7 @@ def build_view(q: Tensor, k: Tensor, is_visual: Tensor, layer: int = 0) -> View:
     return View(
         layer, 4, k.transpose(0, 1), torch.arange(len(q)), is_visual, Notes(len(q)),
         lambda: q.transpose(0, 1), lambda: k.transpose(0, 1),
-        lambda rows: probe_mass(q[rows], k, rows),
+        lambda rows: probe_mass(q[rows], k, rows), lambda rows: logit_blocks(q[rows], k, rows),
     )  # fmt: skip
 
 

@@ -122,15 +122,15 @@ def test_what_chooses_slots_does_not_see_summaries_and_they_stay() -> None:
     assert cache.places(0).shape == (4, G)
     assert [len(cache.view(b)[0]) for b in (0, 1)] == [7, 5]
     cache.append(torch.zeros(2, G, D), torch.zeros(2, G, D), torch.tensor([70, 50]).int())
-    cache.keep(0, torch.tensor([0, 2, 4]))  # of 3, 4, 5, 6 and the new one
-    assert cache.places(0)[:, 0].tolist() == [3, 5, 70]
-    assert cache.view(0)[2][:, 0].tolist() == [0, 1, 2, 3, 5, 70]
+    cache.apply([Plan(leave=torch.tensor([1, 3])), Plan()])  # of 3, 4, 5, 6 and the new one
+    assert cache.places(0)[:, 0].tolist() == [3, 70, 5]
+    assert cache.view(0)[2][:, 0].tolist() == [0, 1, 2, 3, 70, 5]
     other = cache.drop([1, 0], room=1)
     assert other.spans.merged == [0, 3]
     assert other.spans.weights == [4.0, 4.0]
     assert [len(other.view(b)[0]) for b in (0, 1)] == [6, 6]
     less = other.trim([None, torch.tensor([1])])
-    assert less.view(1)[2][:, 0].tolist() == [0, 1, 2, 5]
+    assert less.view(1)[2][:, 0].tolist() == [0, 1, 2, 70]
     slot = 2 * G * D * 4
     assert less.sequence_bytes() == [(6 + 1) * slot, (4 + 1) * slot]  # summaries are slots
 
@@ -154,7 +154,8 @@ def test_bytes_slots_and_batches(method: str) -> None:
     slot = 2 * text.num_kv_heads * text.head_dim * 4
     for one, other in zip(before.layers, after.layers, strict=True):
         assert other["cached"] == one["cached"] + math.ceil((one["tokens"] - one["cached"]) / 8)
-        assert other["kv_bytes"] == (other["cached"] + 9) * slot
+        room = 1 if method.startswith("h2o") else 9  # its steps let one go for each new one
+        assert other["kv_bytes"] == (other["cached"] + room) * slot
     if not method.startswith("h2o"):
         engine.step = StaticStep
         assert engine.generate(asked[0], merged, max_new_tokens=9).tokens == alone[0].tokens

@@ -73,7 +73,7 @@ class Counter:
             self.pairs += m * n / (2 if m == n > 1 else 1)
         return torch.zeros_like(q)
 
-    def kept(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+    def kept(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, more: None) -> Tensor:
         self.pairs += len(q) * len(kept) / 2
         return torch.zeros_like(q)
 

@@ -4,7 +4,7 @@
     plan(view)           in each layer: which tokens attend, are cached, go on to the next layer
     trim(layer, notes)   behind each layer: which slots stay in the caches made so far
     step(view)           in each layer of a decode step, before its attention: which slots this step
-                         reads, which stay
+                         reads, which leave
     scout                a method that answers the prompt first and leaves its notes to this one
 
 Every method has a plan(); the other verbs are None unless a method defines them, and cost nothing
@@ -17,7 +17,7 @@ rows, K kept tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ from torch import Tensor
 from .errors import DAMAGED, REFUSAL, ModelError, UsageError, ZipvlError
 
 FILLS = ("zero", "previous", "own")
+Logits = tuple[slice, Tensor, Tensor]  # of some heads, rows [b] of them: [h, b, T] float32
+Mask = Callable[[Tensor], Tensor]
 
 
 class Origin(Protocol):
@@ -123,6 +125,7 @@ class View(LayerView):
     project_q: Callable[[], Tensor]  # the layer's, behind q, v and mass()
     project_v: Callable[[], Tensor]
     score: Callable[[Tensor], Tensor]
+    blocks: Callable[[Tensor], Iterator[Logits]]  # the layer's, behind logits()
     sums: list[Tensor] = field(default_factory=list)  # of what mass() gave, for ask_all() to check
 
     @property
@@ -142,21 +145,34 @@ class View(LayerView):
     def mass(self, rows: Tensor | None = None) -> Tensor:
         """[H, T] float32: the attention that each token receives from `rows` [P] (int64, sorted;
         None: from all rows). Exact: the causal softmax of these rows, summed over them."""
-        every = torch.arange(self.length, device=self.k.device)
-        mass = self.score(every if rows is None else rows)
+        mass = self.score(self.every if rows is None else rows)
         self.sums.append(mass.sum())
         return mass
 
+    def logits(self, rows: Tensor | None = None) -> Iterator[Logits]:
+        """The same rows for methods that need more than sums: blocks (heads, rows [b], logits
+        [h, b, T] float32, -inf in the future) that cover all query heads and rows, in bounded
+        memory. They are the method's to overwrite."""
+        return self.blocks(self.every if rows is None else rows)
+
+    @property
+    def every(self) -> Tensor:
+        """[T] the indices of all tokens."""
+        return torch.arange(self.length, device=self.k.device)
+
     def seen(self, rows: Tensor) -> Tensor:
         """[T]: how many of the sorted `rows` [P] can see each token, the nnz of Eq. 7."""
-        rows, index = rows.to(self.k.device), torch.arange(self.length, device=self.k.device)
-        return len(rows) - torch.searchsorted(rows, index)
+        rows = rows.to(self.k.device)
+        return len(rows) - torch.searchsorted(rows, self.every)
 
 
 @dataclass(frozen=True)
 class StepView(LayerView):
     """What step() may look at: one layer of one sequence at a decode step, the newest token's key
-    and value already in the cache. Read-only but for `notes`."""
+    and value already in the cache. Read-only but for `notes`.
+
+    The newest token is the last slot; the others are in order until some have left, then they are
+    not: see `positions`."""
 
     layer: int
     num_layers: int
@@ -171,19 +187,30 @@ class StepView(LayerView):
     def length(self) -> int:
         return self.k.shape[1]
 
-    def mass(self) -> Tensor:
-        """[H, n] float32: the newest token's attention to each slot."""
-        return self._mass
+    def mass(self, slots: Tensor | None = None) -> Tensor:
+        """[H, n] float32: the newest token's attention to each slot; with `slots` [m] or [G, m], as
+        if there were no others, [H, m]."""
+        if slots is None:
+            return self._mass
+        return self._logits(select(self.k.transpose(0, 1), slots).transpose(0, 1)).softmax(dim=-1)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[H, n] float32: what mass() is the softmax of."""
+        return self._logits(self.k)
 
     @cached_property
     def _mass(self) -> Tensor:
-        logits = self.q.unflatten(0, (len(self.k), -1)) @ self.k.mT  # [G, H/G, n]
-        return (logits.float() / math.sqrt(self.q.shape[-1])).softmax(dim=-1).flatten(0, 1)
+        return self.logits.softmax(dim=-1)
+
+    def _logits(self, k: Tensor) -> Tensor:
+        scores = self.q.unflatten(0, (len(k), -1)) @ k.mT  # [G, H/G, m]
+        return (scores.float() / math.sqrt(self.q.shape[-1])).flatten(0, 1)
 
     @property
     def mass_known(self) -> bool:
-        """Whether somebody has asked for mass(): the layer then need not compute it again."""
-        return "_mass" in vars(self)
+        """Whether somebody asked for logits or mass(): the layer need not compute them again."""
+        return "logits" in vars(self)
 
 
 @dataclass(frozen=True)
@@ -192,20 +219,28 @@ class Plan:
     Instead of [K] a bool mask of all tokens will do, and is better on an accelerator: those of a
     layer become indices together, so that its processor waits once.
 
-    start() answers with `stream`, `renumber` and `x`, plan() with everything else, step() with
-    `attend`, `cache` and `precise`.
+    start() answers with `stream`, `renumber` and `x`, step() with `attend`, `leave` and `precise`,
+    plan() with all but `leave`, `renumber` and `x`.
     """
 
     attend: Tensor | None = None  # [K]  tokens whose q, k, v take part in this layer's attention;
     #   at a decode step [K] or [G, K], the slots that it reads
     cache: Tensor | None = None  # [K'] | [G, K']  tokens whose k, v stay for decoding
     stream: Tensor | None = None  # [K'']  tokens that go on to the next layer
+    leave: Tensor | None = None  # [E] | [G, E]  at a decode step, the slots whose k, v are let go
+    #   after it; what is left of the newest ones takes their places (moved())
     precise: Tensor | None = None  # [K]  of the cached ones, those a mixed storage gives more bits;
     #   at a decode step of the `due` newest ones
     fill: str = "zero"  # what the attention output of tokens outside `attend` is:
     #   zero      nothing, the residual passes (the paper)
     #   previous  the output of the nearest earlier token in `attend`
     #   own       their own queries over the keys of `attend` (costs r of dense instead of r^2)
+    mask: Mask | None = None  # (rows [b]) -> bool [b, T] | [H, b, T]: what these rows attend to of
+    #   what lies before them, for patterns that are no set of tokens. A reference: no faster
+    merge: tuple[Tensor, Tensor] | None = None  # for each token the cached one that it joins, int64
+    #   [T] | [G, T], -1 none, and a weight: a slot holds the weighted means of what joins it
+    room: int | None = None  # new tokens that the cache must hold at a time: 1 for a method whose
+    #   steps let one slot go for each new one. None: all that follow
     summary: int = 0  # of what `cache` leaves out, in order, each run of about so many tokens
     #   becomes one slot: mean key, mean value, and the logarithm of their number on its score; 0:
     #   nothing stays of it. Verbs do not see these slots, they stay
@@ -219,9 +254,37 @@ class Plan:
             raise UsageError(f"a Plan's summary is {self.summary!r}: give tokens a slot, or 0")
         if self.precise is not None and getattr(self.cache, "ndim", 1) == 2:
             raise UsageError("a Plan with `precise` needs a `cache` that all heads share")
+        if self.mask is not None and self.attend is not None:
+            raise UsageError("a Plan has `attend` or `mask`, not both")
+        if self.room is not None and (not isinstance(self.room, int) or self.room < 1):
+            raise UsageError(f"a Plan's room is {self.room!r}: give new tokens, 1 or more")
 
 
 Trim = Callable[[int, Notes], dict[int, Tensor] | None]
+
+
+def select(x: Tensor, index: Tensor | None) -> Tensor:
+    """Tokens `index` of x [T, G, ...]: None all, [K] the same for all heads, [G, K] per head."""
+    if index is None:
+        return x
+    if index.ndim == 1:
+        return x[index]
+    at = index.T * x.shape[1] + torch.arange(x.shape[1], device=x.device)  # [K, G]
+    return x.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+
+
+def moved(x: Tensor, leave: Tensor) -> Tensor:
+    """What a cache does with x [G, n, ...], here of its n slots, when the slots `leave` [E] or
+    [G, E] are let go: of the last E slots, those that stay take the free places in order. Returns
+    [G, n - E, ...], a view of x, whose memory is overwritten: nothing else moves."""
+    G, n, E = len(x), x.shape[1], leave.shape[-1]
+    leave, tail = leave.expand(G, E), torch.arange(n - E, n, device=x.device)
+    goes = torch.zeros(G, n, dtype=torch.bool, device=x.device).scatter_(1, leave, True)
+    source = torch.where(goes[:, n - E :], n, tail).sort(dim=1).values  # as many as free places, n
+    source = torch.where(source < n, source, leave)  # who leaves from the tail is read by itself
+    heads = torch.arange(G, device=x.device)[:, None]
+    x[heads, leave] = x[heads, source]
+    return x[:, : n - E]
 
 
 class Storage(Protocol):
@@ -278,7 +341,7 @@ def sound(policy: Any) -> Policy:
 PARTS = {  # the parts of a Plan that each verb answers with, and their most dimensions
     PromptView: {"stream": 1},
     View: {"attend": 1, "cache": 2, "stream": 1, "precise": 1},
-    StepView: {"attend": 2, "cache": 2, "precise": 1},
+    StepView: {"attend": 2, "leave": 2, "precise": 1},
 }
 
 
@@ -319,7 +382,7 @@ def ask_all(verb: Callable[[Any], Plan], views: Iterable[AnyView]) -> list[Plan]
     indices = {key: found[:n] for (key, found), n in zip(chosen.items(), counts, strict=True)}
     if any(not len(index) for index in indices.values()):
         raise UsageError(f"{named(verb)} gives a Plan with an empty mask: keep at least one token")
-    parts = ("attend", "cache", "stream", "precise")
+    parts = ("attend", "cache", "stream", "leave", "precise")
     return [
         replace(plan, **{p: indices.get(id(getattr(plan, p)), getattr(plan, p)) for p in parts})
         for plan in plans
@@ -349,6 +412,8 @@ def answer(verb: Callable[[Any], Plan], view: AnyView) -> Plan:
             raise UsageError(f"{named(verb)} gives a Plan{where} whose {part} {wrong}")
     if isinstance(view, PromptView) and plan.x is not None and plan.x.shape != view.x.shape:
         raise UsageError(f"{named(verb)} gives a Plan whose x is not as large as the view's")
+    if isinstance(view, StepView) and plan.cache is not None:
+        raise UsageError(f"{named(verb)} gives a Plan with `cache`: name what is to `leave`")
     return plan
 
 

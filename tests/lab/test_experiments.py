@@ -34,7 +34,7 @@ from lab.raw import rounded
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
 from zipvl.errors import UsageError
-from zipvl.model.attention import probe_mass
+from zipvl.model.attention import logit_blocks, probe_mass
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 from zipvl.policies import METHODS, load_policy
@@ -270,6 +270,7 @@ def some_view(T: int = 90, H: int = 4, G: int = 2, D: int = 8) -> View:
     return View(
         1, 3, k, place, place % 3 > 0, Notes(T), lambda: q, lambda: v,
         lambda rows: probe_mass(q.transpose(0, 1)[rows], k.transpose(0, 1), rows),
+        lambda rows: logit_blocks(q.transpose(0, 1)[rows], k.transpose(0, 1), rows),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 from ..config import TextConfig
 from ..model.attention import Observer
 from ..model.decoder import Prefilled
-from ..policy import Plan
+from ..policy import Mask, Plan
 
 Mark = float | torch.cuda.Event
 
@@ -105,15 +105,17 @@ class Recorder(Clock, Observer):
         both = list(zip(entered, plans, strict=True))
         attended = [n if p.attend is None else len(p.attend) for n, p in both]
         asking = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
+        pairs = [a * r if p.mask is None else masked_pairs(p.mask, n)
+                 for (n, p), a, r in zip(both, attended, asking, strict=True)]  # fmt: skip
         work = [
             layer_work(
-                self.config, n, n if p.summary or p.cache is not p.attend else a,
-                1 if ends else r, m, a if ends else a * r / 2,
+                self.config, n,
+                n if p.summary or p.merge is not None or p.cache is not p.attend else a,
+                1 if ends else r, m, a if ends else pairs[b] / 2,
             ) + self.looks.get(b, 0)
             for b, ((n, p), a, r, m) in enumerate(zip(both, attended, asking, left, strict=True))
         ]  # fmt: skip
-        pairs, none = [a * r for a, r in zip(attended, asking, strict=True)], [0] * len(entered)
-        chose = [p.attend is not None for p in plans]
+        chose, none = [p.attend is not None or p.mask is not None for p in plans], [0] * len(plans)
         self.layers.append(LayerStats(list(entered), attended, pairs, {}, none, none, chose, work))
         self.taken.append(self.split())
         self.looks = {}
@@ -133,6 +135,15 @@ class Counted(Prefilled):
     """What a prefill leaves behind, and what it did."""
 
     layers: list[LayerStats]
+
+
+def masked_pairs(mask: Mask, n: int, block: int = 512) -> int:
+    """The pairs of a masked layer of n tokens, mean over heads, in the same measure: all: n^2."""
+    count = 0.0
+    for rows in torch.arange(n).split(block):
+        seen = mask(rows).cpu() & (torch.arange(n) <= rows[:, None])  # [b, n] or [H, b, n]
+        count += float(seen.sum()) / (len(seen) if seen.ndim == 3 else 1)
+    return round(2 * count - n)
 
 
 def layer_work(config: TextConfig, keys: int, values: int, asking: int, left: int,

@@ -23,7 +23,7 @@ cache holds, else for all. The paper projects everything; the result is the same
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         # 4 attend: among the tokens each plan names
         rows, spans = batch.rows([plan.attend for plan in plans])  # [sum K]
         kept_only = store is None or all(
-            plan.cache is plan.attend and not plan.summary for plan in plans
+            plan.cache is plan.attend and not plan.summary and plan.merge is None for plan in plans
         )
         v = self.heads(self.v_proj(x[rows] if kept_only else x))  # [sum K or sum T, G, D]
         watch.lap("rest")
@@ -130,6 +130,12 @@ class Attention(nn.Module):
             watch.lap("probe")
             return mass
 
+        def blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+            rows = rows.to(x.device)
+            q = self.rotated(self.q_proj, x, batch, rows + at.start)
+            watch.looked(b, len(rows) * width * (x.shape[1] + T))
+            yield from logit_blocks(q, k[at], rows)
+
         def project_q() -> Tensor:
             watch.looked(b, T * x.shape[1] * width)
             return self.rotated(self.q_proj, x, batch, at).transpose(0, 1)
@@ -148,6 +154,7 @@ class Attention(nn.Module):
             project_q=project_q,
             project_v=project_v,
             score=score,
+            blocks=blocks,
         )
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, batch: Batch, plans: list[Plan], rows: Rows,
@@ -156,15 +163,17 @@ class Attention(nn.Module):
 
         These tokens are `rows` of the batch, [sum K], at `spans`; v [sum K, G, D] is theirs.
         """
-        if isinstance(rows, slice):  # everybody attends
+        masked = any(plan.mask is not None for plan in plans)
+        if isinstance(rows, slice) and not masked:  # everybody attends
             q = self.rotated(self.q_proj, x, batch)
             return self.o_proj(kernel(q, k, v, spans, spans).flatten(1))
+        rows = torch.arange(len(x), device=x.device) if isinstance(rows, slice) else rows
         parts = list(zip(batch.spans.slices(), spans.slices(), plans, strict=True))
-        if any(plan.fill == "own" for plan in plans):  # those that are left out ask as well
+        if masked or any(plan.fill == "own" for plan in plans):  # who is left out asks as well
             q = self.rotated(self.q_proj, x, batch)
             outs = [
-                attend_kept(q[at], k[rows[mine]], v[mine], rows[mine] - at.start)
-                for at, mine, _ in parts
+                attend_kept(q[at], k[rows[mine]], v[mine], rows[mine] - at.start, more=plan.mask)
+                for at, mine, plan in parts
             ]
             everybody = self.o_proj(torch.cat(outs).flatten(1))  # [sum T, C]
             o = everybody[rows]
@@ -182,6 +191,8 @@ class Attention(nn.Module):
     def attend_ends(self, x: Tensor, k: Tensor, v: Tensor, batch: Batch, plans: list[Plan],
                     rows: Rows, spans: Spans, kernel: Attend) -> Tensor:  # fmt: skip
         """Step 4 for each sequence's last token alone, [B, C]: its row of what attend() gives."""
+        if any(plan.mask is not None for plan in plans):
+            return self.attend(x, k, v, batch, plans, rows, spans, kernel)[batch.spans.ends]
         last = asks = batch.spans.ends  # [B]
         if not isinstance(rows, slice):
             k, newest = k[rows], rows[spans.ends]  # the last token that is kept, if not `last`
@@ -240,10 +251,17 @@ def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     q [P, H, D] are the queries at `rows` [P]; k [T, G, D]. Exact causal softmax of float32 logits,
     one key/value head and as many rows at a time as fit SCORE_BYTES: O(P T) work, never [T, T].
     """
+    mass = torch.zeros(q.shape[1], len(k), dtype=torch.float32, device=q.device)
+    for heads, _, logits in logit_blocks(q, k, rows):
+        mass[heads] += logits.softmax(dim=-1).sum(1)
+    return mass
+
+
+def logit_blocks(q: Tensor, k: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The logits behind it: (heads, rows [b], logits [H/G, b, T]), -inf in the future."""
     P, H, D = q.shape
     T, G = k.shape[:2]
     index = torch.arange(T, device=q.device)
-    mass = torch.zeros(G, H // G, T, dtype=torch.float32, device=q.device)
     blocks = torch.arange(P, device=q.device).split(max(1, SCORE_BYTES // (4 * H // G * T)))
     for g in range(G):
         columns = k[:, g].float().T / math.sqrt(D)  # [D, T]
@@ -251,8 +269,8 @@ def probe_mass(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
             queries = q[block].unflatten(1, (G, -1))[:, g].transpose(0, 1).float()  # [H/G, b, D]
             scores = (queries.flatten(0, 1) @ columns).unflatten(0, (-1, len(block)))
             future = index > rows[block, None]  # [b, T]
-            mass[g] += scores.masked_fill_(future, -math.inf).softmax(dim=-1).sum(1)
-    return mass.flatten(0, 1)
+            heads = slice(g * H // G, (g + 1) * H // G)
+            yield heads, rows[block], scores.masked_fill_(future, -math.inf)
 
 
 def nearest_earlier(o: Tensor, index: Tensor, out: Tensor) -> None:

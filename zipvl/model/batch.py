@@ -27,15 +27,16 @@ def sent(data: Tensor, device: torch.device) -> Tensor:
 class Spans:
     """Where each sequence of a packed batch lies: start and length, as ints and on the device."""
 
-    def __init__(self, lengths: list[int], device: torch.device | str, room: int = 0,
+    def __init__(self, lengths: list[int], device: torch.device | str, room: int | list[int] = 0,
                  merged: list[int] | None = None, weights: list[float] | None = None):  # fmt: skip
-        """`room` leaves that many unused places after each sequence. Of a cache, the first `merged`
-        slots of each sequence are summaries, which stand for `weights` tokens each."""
+        """`room` leaves that many unused places after each sequence, one number for all or each. Of
+        a cache, the first `merged` slots of a sequence are summaries, of `weights` tokens each."""
         self.lengths = list(lengths)
-        self.room = room
         self.merged = merged if merged and any(merged) else None
         self.weights = weights or [1.0] * len(lengths)
-        self.capacity = [n + room for n in lengths]
+        rooms = room if isinstance(room, list) else [room] * len(lengths)
+        self.room = max(rooms)
+        self.capacity = [n + places for n, places in zip(lengths, rooms, strict=True)]
         *self.starts, self.total = accumulate(self.capacity, initial=0)
         both = [*self.starts, self.total, *self.lengths]
         device_ints = sent(torch.tensor(both, dtype=torch.int32), torch.device(device))

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..policy import Plan, Storage
+from ..policy import Plan, Storage, moved, select
 from .batch import Spans
 
 
@@ -31,6 +31,7 @@ class Kept:
     precise: Tensor | None = None  # [m] slots that a mixed storage gives more bits; None: all
     merged: int = 0  # so many of the first slots are summaries,
     weight: float = 1.0  # of so many tokens each
+    room: int | None = None  # for at most so many new tokens at a time; None: as many as come
 
     @classmethod
     def of(cls, plan: Plan, k: Tensor, v: Tensor, positions: Tensor, chosen: bool) -> "Kept":
@@ -41,7 +42,11 @@ class Kept:
         precise = plan.precise
         if precise is not None and index is not None:
             precise = torch.isin(index, precise).nonzero()[:, 0]
-        kept = cls(select(k, index), v if chosen else select(v, index), where, precise)
+        if plan.merge is not None:
+            k, v = (joined(x, *plan.merge) for x in (k, v))
+        kept = cls(
+            select(k, index), v if chosen else select(v, index), where, precise, room=plan.room
+        )
         if index is None or not plan.summary or index.shape[-1] == len(k):
             return kept
         return kept.behind(*summaries(k, v, positions, index, plan.summary), len(k))
@@ -51,7 +56,7 @@ class Kept:
         places = positions if positions.ndim == self.positions.ndim else positions[:, 0]
         return Kept(
             torch.cat((k, self.k)), torch.cat((v, self.v)), torch.cat((places, self.positions)),
-            merged=len(k), weight=(tokens - len(self.k)) / len(k),
+            merged=len(k), weight=(tokens - len(self.k)) / len(k), room=self.room,
         )  # fmt: skip
 
 
@@ -79,11 +84,13 @@ Store = Callable[[list[Kept]], Cache]
 class LayerCache:
     """Keys and values of one layer for a batch of sequences, in full precision."""
 
-    def __init__(self, kept: list[Kept], room: int):
-        """One `kept` a sequence; `room` new tokens each."""
+    def __init__(self, kept: list[Kept], room: int | list[int]):
+        """One `kept` a sequence; `room` new tokens, each or all, if a `kept` asks for no less."""
         like = kept[0].k
         lengths, merged = [len(one.k) for one in kept], [one.merged for one in kept]
-        self.spans = Spans(lengths, like.device, room, merged, [one.weight for one in kept])
+        rooms = room if isinstance(room, list) else [room] * len(kept)
+        rooms = [min(n, one.room or n) for n, one in zip(rooms, kept, strict=True)]
+        self.spans = Spans(lengths, like.device, rooms, merged, [one.weight for one in kept])
         shape = (self.spans.total, *like.shape[1:])
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)  # a graph reads free places
         self.positions = kept[0].positions.new_full(shape[:2], -1)  # [slots, G]
@@ -114,23 +121,22 @@ class LayerCache:
         return 0
 
     def apply(self, plans: Sequence[Plan]) -> None:
-        """What a decode step decided, one plan a sequence: only the slots plan.cache stay."""
-        for sequence, plan in enumerate(plans):
-            if plan.cache is not None:
-                self.keep(sequence, plan.cache)
+        """What a decode step decided, one plan a sequence: the slots plan.leave are let go, and of
+        the newest ones those that stay move into their places."""
+        if all(plan.leave is None for plan in plans):
+            return
+        lengths = list(self.spans.lengths)
+        for b, (at, plan) in enumerate(zip(self.spans.own(), plans, strict=True)):
+            if plan.leave is not None:
+                for t in (self.k, self.v, self.positions):
+                    moved(t[at].transpose(0, 1), plan.leave)
+                lengths[b] -= plan.leave.shape[-1]
+        self.spans.shrink(lengths)
 
     def view(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
         """k, v [n, G, D] and positions [n, G] of one sequence, summaries first, no copy."""
         at = self.spans.slices()[sequence]
         return self.k[at], self.v[at], self.positions[at]
-
-    def keep(self, sequence: int, slots: Tensor) -> None:
-        """Only `slots` [N] or [G, N] of a sequence stay, in that order, and its summaries."""
-        kept = self.chosen(sequence, slots)
-        start, lengths = self.spans.starts[sequence], list(self.spans.lengths)
-        self._write(slice(start, start + len(kept.k)), kept)
-        lengths[sequence] = len(kept.k)
-        self.spans.shrink(lengths)
 
     def chosen(self, sequence: int, slots: Tensor | None) -> Kept:
         """The tokens in `slots` of a sequence, None: all, and its summaries."""
@@ -143,12 +149,13 @@ class LayerCache:
 
     def drop(self, keep: list[int], room: int | None = None) -> "LayerCache":
         """The cache of the sequences in `keep`, with `room` for new tokens; None: what is left."""
-        room = self.spans.free(keep) if room is None else room
-        return LayerCache([self.chosen(i, None) for i in keep], room)
+        rooms = [self.spans.free([i]) if room is None else room for i in keep]
+        return LayerCache([self.chosen(i, None) for i in keep], rooms)
 
     def trim(self, slots: Sequence[Tensor | None]) -> "LayerCache":
         """The cache of these slots of each sequence, None: all; the others' memory is freed."""
-        return LayerCache([self.chosen(b, s) for b, s in enumerate(slots)], self.spans.room)
+        rooms = [self.spans.free([b]) for b in range(len(slots))]
+        return LayerCache([self.chosen(b, s) for b, s in enumerate(slots)], rooms)
 
     def sequence_bytes(self) -> list[int]:
         """Bytes of each sequence's slots, filled and free; they add up to `nbytes`."""
@@ -166,14 +173,19 @@ def store_as(storage: Storage | None, room: int) -> Store:
     return partial(LayerCache, room=room) if storage is None else storage.store(room)
 
 
-def select(x: Tensor, index: Tensor | None) -> Tensor:
-    """Tokens `index` of x [T, G, ...]: None all, [K] the same for all heads, [G, K] per head."""
-    if index is None:
-        return x
-    if index.ndim == 1:
-        return x[index]
-    heads = torch.arange(x.shape[1], device=x.device)
-    return x[index.T, heads]  # [K, G, ...]
+def joined(x: Tensor, into: Tensor, weight: Tensor) -> Tensor:
+    """x [T, G, D], each token that others join now the weighted mean of all that join it, as
+    Plan.merge says, summed in float32."""
+    T, G = x.shape[:2]
+    heads = torch.arange(G, device=x.device)
+    target = into.expand(G, T).T  # [T, G]
+    row = (torch.where(target < 0, T, target) * G + heads).flatten()  # -1 joins a row of its own
+    w = torch.where(target < 0, 0, weight.float().expand(G, T).T)
+    total = x.new_zeros(((T + 1) * G, x.shape[2]), dtype=torch.float32)
+    total.index_add_(0, row, (x.float() * w[..., None]).flatten(0, 1))
+    share = total.new_zeros((T + 1) * G).index_add_(0, row, w.flatten())
+    mean = (total / share[:, None]).unflatten(0, (T + 1, G))[:T]
+    return torch.where(share.view(T + 1, G, 1)[:T] > 0, mean.to(x.dtype), x)
 
 
 def summaries(k: Tensor, v: Tensor, positions: Tensor, index: Tensor,

@@ -264,7 +264,7 @@ class QuantCache:
         for b, (one, n, plan) in enumerate(
             zip(self.stored, self.spans.lengths, plans, strict=True)
         ):
-            if plan.cache is not None:
+            if plan.leave is not None:
                 self.refuse()
             due, precise = self.due(b), plan.precise
             for column in (one.keys, one.values):

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
-from ..policy import Plan, StepView
+from ..policy import Mask, Plan, StepView, select
 from .batch import Spans
-from .cache import select
 
 Attend = Callable[[Tensor, Tensor, Tensor, Spans, Spans], Tensor]
 
@@ -70,21 +69,24 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512) -> Tensor:
-    """All T queries of one sequence over the keys of its `kept` tokens [K], causal by index.
+def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block: int = 512,
+                more: Mask | None = None) -> Tensor:  # fmt: skip
+    """All T queries of one sequence over the keys of its `kept` tokens [K], causal by index, and of
+    those only where a method's mask says so, if there is `more`.
 
-    q [T, H, D], k and v [K, G, D] -> [T, H, D]; a row before the first kept token gets zeros.
-    Masks are [block, K], so nothing grows with T x T.
+    q [T, H, D], k and v [K, G, D] -> [T, H, D]; a row that sees no key gets zeros.
+    Masks are [block, K] or [H, block, K], so nothing grows with T x T.
     """
     out = torch.zeros_like(q)
     for start in range(0, len(q), block):
         rows = torch.arange(start, min(start + block, len(q)), device=q.device)
         mask = kept[None, :] <= rows[:, None]  # [block, K]
-        some = mask[:, 0].clone()  # a view would change with the next line
-        mask[~some] = True  # a row without keys would divide by zero; it is zeroed below
+        mask = mask if more is None else mask & more(rows)
+        some = mask.any(-1)  # [block], or [H, block]
+        mask = mask | ~some[..., None]  # a row without keys would divide by zero; it is zeroed
         by_head = [t.transpose(0, 1)[None] for t in (q[rows], k, v)]
         o = heads(by_head[0], by_head[1], by_head[2], mask)
-        out[rows] = o[0].transpose(0, 1) * some[:, None, None]
+        out[rows] = (o[0] * some[..., None]).transpose(0, 1)
     return out
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from ..policy import Notes, Plan, Policy, StepView, View, check
+from ..policy import Plan, Policy, StepView, View, check, moved
 
 
 @dataclass(repr=False)
@@ -31,20 +30,22 @@ class H2O(Policy):
         check(self.summary >= 0, f"summary is {self.summary}: give tokens a slot, or 0 for none")
 
     def plan(self, view: View) -> Plan:
-        kept = self.best(view.by_group(view.mass()), view.layer, view.notes)
-        return Plan(cache=kept, summary=self.summary)
+        n, full, score = view.length, self.heavy + self.recent, view.by_group(view.mass())  # [G, T]
+        if n <= full:
+            view.notes[view.layer] = score
+            return Plan(room=full - n + 1)
+        old = score.masked_fill(view.every >= n - self.recent, torch.inf)
+        slots = old.topk(full).indices.sort().values
+        view.notes[view.layer] = score.gather(1, slots)
+        return Plan(cache=slots, room=1, summary=self.summary)
 
     def step(self, view: StepView) -> Plan:
-        score = F.pad(view.notes[view.layer], (0, 1)) + view.by_group(view.mass())
-        return Plan(cache=self.best(score, view.layer, view.notes))
-
-    def best(self, score: Tensor, layer: int, notes: Notes) -> Tensor | None:
-        """Slots [G, N] to keep by score [G, n], whose scores stay in the notes; None: all fit."""
-        notes[layer] = score
-        if score.shape[1] <= self.heavy + self.recent:
-            return None
-        ranked = score.clone()
-        ranked[:, -self.recent :] = torch.inf
-        slots = ranked.topk(self.heavy + self.recent).indices.sort().values
-        notes[layer] = score.gather(1, slots)
-        return slots
+        score = F.pad(view.notes[view.layer], (0, 1)) + view.by_group(view.mass())  # [G, n]
+        view.notes[view.layer] = score
+        if view.length <= self.heavy + self.recent:
+            return Plan()
+        newest = view.positions.amax(dim=1, keepdim=True)
+        old = score.masked_fill(view.positions > newest - self.recent, torch.inf)
+        leave = old.argmin(dim=1, keepdim=True)
+        view.notes[view.layer] = moved(score, leave)
+        return Plan(leave=leave)

@@ -9,7 +9,6 @@ authors rotate at every step by places inside the cache, which matters beyond th
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..policy import Plan, Policy, StepView, View, check
 
@@ -26,15 +25,13 @@ class StreamingLLM(Policy):
         check(self.window >= 1, f"window is {self.window}: give 1 or more")
 
     def plan(self, view: View) -> Plan:
-        return Plan(cache=self.ends(view))
+        n, full = view.length, self.sinks + self.window
+        if n <= full:
+            return Plan(room=full - n + 1)
+        return Plan(cache=torch.cat((view.every[: self.sinks], view.every[-self.window :])), room=1)
 
     def step(self, view: StepView) -> Plan:
-        return Plan(cache=self.ends(view))
-
-    def ends(self, view: View | StepView) -> Tensor | None:
-        """Of the view's tokens in order, the sinks and the window; None if that is all of them."""
-        n, device = view.length, view.k.device
-        if n <= self.sinks + self.window:
-            return None
-        recent = torch.arange(n - self.window, n, device=device)
-        return torch.cat((torch.arange(self.sinks, device=device), recent))
+        if view.length <= self.sinks + self.window:
+            return Plan()
+        old = view.positions.masked_fill(view.positions < self.sinks, torch.iinfo(torch.int32).max)
+        return Plan(leave=old.argmin(dim=1, keepdim=True))

@@ -32,9 +32,11 @@ class Oracle:
 
         `plans` and `trims` are one a layer, `started` is what start() answered."""
         x, positions = x.detach().double(), torch.arange(len(x))
-        heads = self.config.num_heads
-        if started is not None and started.stream is not None:
-            x, positions = x[started.stream], positions[started.stream]
+        heads, first = self.config.num_heads, started or Plan()
+        x = x if first.x is None else first.x.double()
+        if first.stream is not None:
+            entered = torch.arange(len(first.stream)) if first.renumber else first.stream
+            x, positions = x[first.stream], positions[entered]
         for layer, (w, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             n = len(x)
             q, k, v = self.project(w, x, positions)
@@ -42,11 +44,15 @@ class Oracle:
             if plan.attend is not None:
                 keep = torch.zeros(n, dtype=torch.bool).index_fill(0, plan.attend, True)
             mask = torch.ones(n, n, dtype=torch.bool).tril() & keep  # [T, T]
+            mask = mask if plan.mask is None else mask & plan.mask(torch.arange(n))
             o = self.attend(q, k, v, mask.expand(heads, n, n))
             x = self.rest(w, x, fill(o, keep, plan.fill))
             held = torch.arange(n) if plan.cache is None else plan.cache
             self.held.append(self.per_head(held))
             self.merged.append(self.summarise(k, v, self.held[-1], plan.summary))
+            if plan.merge is not None:
+                into, weight = (self.per_head(x) for x in plan.merge)
+                k, v = self.merge(k, into, weight), self.merge(v, into, weight)
             self.keys.append(k)
             self.values.append(v)
             for earlier, slots in (trims[layer] if trims else {}).items():
@@ -57,7 +63,7 @@ class Oracle:
 
     def step(self, x: Tensor, position: int, plans: list[Plan]) -> Tensor:
         """One new token, x [1, C] -> [1, C]: of its slots each layer's plan reads `attend`, and
-        `cache` of them stay."""
+        `leave` of them are let go."""
         x, at = x.detach().double(), torch.tensor([position])
         for i, (w, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             q, k, v = self.project(w, x, at)
@@ -69,8 +75,26 @@ class Oracle:
             mask = torch.zeros(heads, 1, n, dtype=torch.bool)
             mask.scatter_(2, read[:, None], True)
             x = self.rest(w, x, self.attend(q, self.keys[i], self.values[i], mask, self.merged[i]))
-            self.held[i] = held if plan.cache is None else held.gather(1, self.per_head(plan.cache))
+            self.held[i] = held if plan.leave is None else self.let_go(held, plan.leave)
         return self.norm(x, self.last)
+
+    def merge(self, x: Tensor, into: Tensor, weight: Tensor) -> Tensor:
+        """x [n, H, D] where tokens that others join, by head, are weighted means of them all."""
+        out = x.clone()
+        for h, targets in enumerate(into.tolist()):
+            for target in set(targets) - {-1}:
+                joins = [t for t, other in enumerate(targets) if other == target]
+                w = weight[h, joins].double()
+                out[target, h] = (w[:, None] * x[joins, h]).sum(0) / w.sum()
+        return out
+
+    def let_go(self, held: Tensor, leave: Tensor) -> Tensor:
+        """held [H, n] without the slots `leave`: free places take the last ones that stay."""
+        rows, count = [], held.shape[1] - leave.shape[-1]
+        for slots, out in zip(held.tolist(), self.per_head(leave).tolist(), strict=True):
+            last = [slot for i, slot in enumerate(slots) if i >= count and i not in out]
+            rows.append([last.pop(0) if i in out else slots[i] for i in range(count)])
+        return torch.tensor(rows)
 
     def summarise(self, k: Tensor, v: Tensor, held: Tensor,
                   size: int) -> tuple[Tensor, Tensor, float] | None:  # fmt: skip
