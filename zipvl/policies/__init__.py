@@ -10,10 +10,14 @@ from ..errors import UsageError
 from ..policy import Policy, sound
 from .fastv import FastV
 from .h2o import H2O
+from .hired import HiRED
 from .kivi import KIVI
 from .snapkv import SnapKV
+from .sparsevlm import SparseVLM
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
+from .vidcom2_like import VidCom2Like
+from .visionzip_like import VisionZipLike
 from .zipcache import ZipCache
 from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
 
@@ -36,6 +40,10 @@ METHODS: dict[str, type[Policy]] = {
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
     "kivi": KIVI,
+    "hired": HiRED,
+    "visionzip_like": VisionZipLike,
+    "vidcom2_like": VidCom2Like,
+    "sparsevlm": SparseVLM,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -38,7 +38,7 @@ class Stretches:
     and attention at random."""
 
     def __init__(self, visual: Tensor):
-        self.tiles = [(0, 0)]
+        self.tiles = [(0, 0)] * int(visual.any())
         begins = visual & ~F.pad(visual, (1, 0))[:-1]
         self.crop = torch.where(visual, begins.cumsum(0) - 1, -1)
         self.medium = visual.long() - 1
