@@ -3,7 +3,7 @@
 Each picture may bring `ratio` of the patches of its crops. The whole picture gets the share `alpha`
 of these. Its tiles share the rest by where the patches lie that the class token prefers in the
 tower's first block. Within a crop, the class token's attention in the last block used decides.
-  quadrant   a patch speaks for the tile that covers its place, which is the paper's intention
+  quadrant   a patch speaks for the tile that covers its middle, which is the paper's intention
   reference  the authors' code: for one of as many bands of rows as there are tiles
 
 Phase: before layer 0, so prefill and the caches of all layers.
@@ -60,7 +60,8 @@ class HiRED(Policy):
         total = int((1 + tiles) * N * self.ratio)
         whole = min(int(total * self.alpha), N)
         hot = first.topk(int(N * (1 - self.alpha))).indices
-        tile = hot // side * rows // side * cols + hot % side * cols // side
+        row, col = (2 * (hot // side) + 1, 2 * (hot % side) + 1)  # of a middle, in half patches
+        tile = row * rows // (2 * side) * cols + col * cols // (2 * side)
         if self.mode == "reference":
             tile = hot * tiles // N
         heat = torch.bincount(tile, minlength=tiles).tolist()
