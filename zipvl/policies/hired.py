@@ -50,7 +50,8 @@ class HiRED(Policy):
             if rows and len(crops[0]):
                 counts = self.shares(first[crops[0]], rows, cols)
             for tokens, count in zip(crops, counts, strict=True):
-                kept[tokens[last[tokens].topk(min(count, len(tokens))).indices]] = True
+                best = last[tokens].topk(min(count, len(tokens))).indices
+                kept.index_fill_(0, tokens[best], True)
         return Plan(stream=kept, renumber=self.renumber)
 
     def shares(self, first: Tensor, rows: int, cols: int) -> list[int]:

@@ -55,11 +55,11 @@ class VidCom2Like(Policy):
         counts = (share * torch.tensor(sizes, device=x.device)).round().clamp(min=1).int().tolist()
         kept = torch.zeros_like(odd, dtype=torch.bool)
         for part, mine, count in zip(odd.split(sizes), kept.split(sizes), counts, strict=True):
-            mine[part.topk(count).indices] = True
+            mine.index_fill_(0, part.topk(count).indices, True)
         more = max(len(sizes), int(self.ratio * len(x))) - sum(counts)
-        kept[odd.masked_fill(kept, -torch.inf).topk(max(0, more)).indices] = True
-        kept[(-odd).masked_fill(~kept, -torch.inf).topk(max(0, -more)).indices] = False
-        return kept
+        come = odd.masked_fill(kept, -torch.inf).topk(max(0, more)).indices
+        gone = (-odd).masked_fill(~kept, -torch.inf).topk(max(0, -more)).indices
+        return kept.index_fill(0, come, True).index_fill(0, gone, False)
 
 
 def alike(x: Tensor, centre: Tensor) -> Tensor:

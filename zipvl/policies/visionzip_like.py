@@ -41,21 +41,21 @@ class VisionZipLike(Policy):
         kept = ~prompt.is_visual
         kept[-1:] = True  # makes the first answer token, were it visual
         for tokens in (crop for crops in prompt.crops() for crop in crops):
-            best = received[tokens].topk(min(self.dominant, len(tokens))).indices
-            kept[tokens[best]] = True
-            rest = tokens[torch.ones_like(tokens, dtype=torch.bool).index_fill(0, best, False)]
+            order = received[tokens].argsort(descending=True)
+            best, rest = tokens[order[: self.dominant]], tokens[order[self.dominant :].sort().values]
             stride = max(1, len(rest) // max(1, self.contextual))
             chosen = torch.arange(0, len(rest), stride, device=x.device)[: self.contextual]
             if len(chosen):
                 x[rest[chosen]] = gathered(x[rest], chosen)
-            kept[rest[chosen]] = True
+            kept.index_fill_(0, torch.cat((best, rest[chosen])), True)
         return Plan(stream=kept, x=x, renumber=self.renumber)
 
 
 def gathered(x: Tensor, chosen: Tensor) -> Tensor:
     """[c, C]: for each of the `chosen` rows of x [n, C] the mean of those that resemble it most."""
     unit = F.normalize(x.float(), dim=-1)
-    into = (unit @ unit[chosen].T).argmax(1)  # [n]
-    into[chosen] = torch.arange(len(chosen), device=x.device)  # itself, were two alike
-    total = torch.zeros(len(chosen), x.shape[1], device=x.device).index_add_(0, into, x.float())
-    return (total / into.bincount(minlength=len(chosen))[:, None]).to(x.dtype)
+    alike = unit @ unit[chosen].T  # [n, c]
+    alike[chosen] = 2 * torch.eye(len(chosen), device=x.device)  # itself, were two the same
+    number = torch.arange(len(chosen), device=x.device)
+    joins = (alike.argmax(1, keepdim=True) == number).float()  # [n, c]
+    return ((joins.T @ x.float()) / joins.sum(0)[:, None]).to(x.dtype)
