@@ -50,7 +50,7 @@ class Watched(Policy):
         self.looked = np.zeros(tokens)  # attention of the last token, mean over layers and heads
 
     def plan(self, view: View) -> Plan:
-        plan, at = self.method.plan(view), view.positions.cpu().numpy()
+        plan, at = self.method.plan(view), view.notes.original(view.positions).cpu().numpy()
         chosen = slice(None) if plan.attend is None else plan.attend.cpu().numpy()
         self.attended[view.layer, at[chosen]] = True
         last = torch.tensor([view.length - 1])
@@ -65,7 +65,8 @@ def watch(engine: Engine, inputs: Inputs, policy: Policy, new: int) -> Watched:
     notes = engine.take_notes([inputs], policy, new)
     out = engine.prefill([inputs], seen, 1, {}, notes, ends=True)
     for row, cache in zip(seen.cached, out.caches, strict=True):
-        row[cache.places(0).flatten().cpu().numpy()] = True  # of several heads' choices the union
+        kept = notes[0].original(cache.places(0))  # of several heads' choices the union
+        row[kept.flatten().cpu().numpy()] = True
     return seen
 
 

@@ -32,14 +32,49 @@ Logits = tuple[slice, Tensor, Tensor]  # of some heads, rows [b] of them: [h, b,
 Mask = Callable[[Tensor], Tensor]
 
 
+class Origin(Protocol):
+    """Where the visual tokens of a prompt come from; each part is found out when it is read."""
+
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        """Rows and columns of tiles of each medium, a picture or video; 0, 0: it has none."""
+
+    @property
+    def medium(self) -> Tensor:
+        """[T] int64, the number of the medium that a token belongs to; -1: text."""
+
+    @property
+    def crop(self) -> Tensor:
+        """[T] int64, the frame of a video that it shows, or of a picture 0 for the whole and from 1
+        on its tiles, row by row; -1: text, and vectors that end a row or a frame."""
+
+    @property
+    def received(self) -> Tensor:
+        """[T, 2] float32, attention that its patch received in the first block of the vision tower
+        and in the last one used, summed over heads: from the class token, or where there is none
+        the mean over patches. -inf where crop is -1. Takes a second pass through the tower."""
+
+
 class Notes(dict):
     """What a method remembers of one sequence, under keys of its own, from its first layer to its
     last decode step; and what the engine knows of the sequence."""
+
+    origin: Origin  # of its visual tokens; who makes the prompt says it
 
     def __init__(self, prompt: int, new: int = 0):
         super().__init__()
         self.prompt = prompt  # tokens of the prompt
         self.new = new  # most tokens that may follow
+        self.entered: Tensor | None = None  # [K] which tokens positions count; None: all of them
+
+    @property
+    def next(self) -> int:
+        """The position of the first new token."""
+        return self.prompt if self.entered is None else len(self.entered)
+
+    def original(self, positions: Tensor) -> Tensor:
+        """The places in the prompt of its tokens at `positions`."""
+        return positions.long() if self.entered is None else self.entered[positions.long()]
 
 
 @dataclass(frozen=True)
@@ -53,6 +88,15 @@ class PromptView:
     @property
     def length(self) -> int:
         return len(self.x)
+
+    def crops(self) -> list[list[Tensor]]:
+        """Of each picture or video, the tokens [n] of each of its crops or frames, in order."""
+        medium, crop, out = self.notes.origin.medium, self.notes.origin.crop, []
+        for number in range(len(self.notes.origin.tiles)):
+            tokens = ((medium == number) & (crop >= 0)).nonzero()[:, 0]
+            each, order = crop[tokens].sort(stable=True)
+            out.append(list(tokens[order].split(each.bincount().tolist())))
+        return out
 
 
 class LayerView:
@@ -179,8 +223,8 @@ class Plan:
     Instead of [K] a bool mask of all tokens will do, and is better on an accelerator: those of a
     layer become indices together, so that its processor waits once.
 
-    start() answers with `stream`, step() with `attend`, `leave` and `precise`, plan() with all but
-    `leave`.
+    start() answers with `stream`, `renumber` and `x`, step() with `attend`, `leave` and `precise`,
+    plan() with all but `leave`, `renumber` and `x`.
     """
 
     attend: Tensor | None = None  # [K]  tokens whose q, k, v take part in this layer's attention;
@@ -206,6 +250,8 @@ class Plan:
     summary: int = 0  # of what `cache` leaves out, in order, each run of about so many tokens
     #   becomes one slot: mean key, mean value, and the logarithm of their number on its score; 0:
     #   nothing stays of it. Verbs do not see these slots, they stay
+    renumber: bool = False  # of start(): positions, new tokens' too, count the tokens that enter
+    x: Tensor | None = None  # [T, C] of start(): embeddings in place of the view's
 
     def __post_init__(self) -> None:
         if self.fill not in FILLS:
@@ -376,6 +422,8 @@ def answer(verb: Callable[[Any], Plan], view: AnyView) -> Plan:
         if wrong := fault(index, counts.get(part, view.length), ndim, heads, kind):
             where = "" if isinstance(view, PromptView) else f" in layer {view.layer}"
             raise UsageError(f"{named(verb)} gives a Plan{where} whose {part} {wrong}")
+    if isinstance(view, PromptView) and plan.x is not None and plan.x.shape != view.x.shape:
+        raise UsageError(f"{named(verb)} gives a Plan whose x is not as large as the view's")
     if isinstance(view, StepView) and plan.cache is not None:
         raise UsageError(f"{named(verb)} gives a Plan with `cache`: name what is to `leave`")
     return plan

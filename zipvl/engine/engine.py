@@ -29,6 +29,7 @@ from .inputs import (
     ImageSource,
     Inputs,
     Message,
+    Shown,
     VideoSource,
     as_list,
     build_inputs,
@@ -166,11 +167,12 @@ class Engine:
         notes = self.take_notes([inputs], policy, 1)
         out = self.prefill([inputs], policy, None, {}, notes)
         first = max(0, len(inputs) - (len(inputs) if last is None else last))
-        rows = (out.batch.positions >= first).nonzero()[:, 0]
+        places = notes[0].original(out.batch.positions)
+        rows = (places >= first).nonzero()[:, 0]
         shape, device = (len(inputs) - first, self.config.text.vocab_size), rows.device
         logits = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
         for some in rows.split(LOGIT_ROWS):
-            logits[out.batch.positions[some] - first] = self.model.logits(out.hidden[some])
+            logits[places[some] - first] = self.model.logits(out.hidden[some])
         return logits
 
     def generate(self, inputs: Inputs | str | Sequence[Inputs | str],
@@ -256,6 +258,8 @@ class Engine:
                 places = join([torch.arange(n, device=device) for n in lengths])
                 visual = join([i.is_visual.to(device) for i in inputs])
                 notes = notes or [Notes(n, room or 0) for n in lengths]
+                for mine, asked in zip(notes, inputs, strict=True):
+                    mine.origin, mine.entered = Shown(asked, model), None
                 batch = Batch.build(lengths, places, visual, text, model.dtype, notes)
                 recorder = Recorder(device, text, step)
                 out = model.text.prefill(  # the embeddings are its own, to be let go in layer 0
@@ -360,7 +364,7 @@ class Run:
                     rows, new = live, [new[i] for i in stay]
                     notes = [self.notes[b] for b in rows]
                     decode = kind(model, caches, notes, self.policy, engine.attend)
-                at = [len(self.inputs[b]) + step for b in rows]
+                at = [self.notes[b].next + step for b in rows]
                 ids, places = sent(torch.tensor([new, at]), model.device)
                 logits = decode(ids, places)
 
@@ -393,7 +397,8 @@ class Run:
     def first_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Logits [B, V] of each prompt's last token, `hidden` [B, C], checked to be numbers."""
         lengths = torch.tensor([len(i) for i in self.inputs], device=hidden.device)
-        if not torch.equal(batch.positions.long(), lengths - 1):
+        ends = zip(self.notes, batch.positions.split(1), strict=True)
+        if not torch.equal(join([notes.original(at) for notes, at in ends]), lengths - 1):
             raise UsageError(
                 "the method dropped the prompt's last token, which makes the first answer token"
             )

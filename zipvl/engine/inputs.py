@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import ModelError, UsageError
+from ..model.batch import sent
 from ..model.vlm import VLM
 from ..model.weights import Progress
 from ..vision.image import Geometry, crops, fit_frame, open_image
@@ -38,6 +40,7 @@ class Media:
     tokens: int
     clip: Clip | None = None  # which frames a video gave; its pixels are `crops`
     features: Tensor | None = None  # [tokens, C] once encoded, so that a second question is cheaper
+    received: Tensor | None = None  # [tokens, 2] once a method asked (PromptView.received)
 
 
 ImageSource = str | os.PathLike | Image.Image | Media
@@ -58,6 +61,50 @@ class Inputs:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass
+class Shown:
+    """Where a prompt's visual tokens come from, as policy.Origin says."""
+
+    inputs: Inputs
+    model: VLM
+
+    @cached_property
+    def tiles(self) -> list[tuple[int, int]]:
+        return [(g.rows, g.cols) if g else (0, 0) for g in (m.geometry for m in self.inputs.media)]
+
+    @cached_property
+    def medium(self) -> Tensor:
+        media = self.inputs.media
+        return self.of_all([torch.full((m.tokens,), i) for i, m in enumerate(media)], -1)
+
+    @cached_property
+    def crop(self) -> Tensor:
+        media = ((m.clip.indices if m.clip else m.crops, m.geometry) for m in self.inputs.media)
+        return self.of_all([self.model.numbers(len(crops), g) for crops, g in media], -1)
+
+    @cached_property
+    def received(self) -> Tensor:
+        parts = []
+        for m in self.inputs.media:
+            if m.received is None and not len(m.crops):
+                raise UsageError(
+                    "start() of the method reads `received`, for which the vision tower looks once "
+                    f"more, but frames past {HELD} are not held: use at most {HELD} --frames, or a "
+                    "method that needs no pixels"
+                )
+            if m.received is None:
+                m.received = self.model.received(m.crops, m.geometry).cpu()
+            parts.append(m.received)
+        return self.of_all(parts, -torch.inf, 2)
+
+    def of_all(self, parts: list[Tensor], text: float, *shape: int) -> Tensor:
+        """[T, *shape] of `parts` [tokens, *shape], one for each medium, and of `text`."""
+        out = torch.full((len(self.inputs), *shape), text)
+        if parts:
+            out[self.inputs.is_visual] = torch.cat(parts)
+        return sent(out, self.model.device)
 
 
 def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:

@@ -163,11 +163,20 @@ class Decoder(nn.Module):
 
 
 def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan]) -> tuple[Tensor, Batch]:
-    """The rows and the batch of those tokens that start() lets into the model."""
+    """The rows and the batch of those tokens that start() lets into the model; x may change."""
     some = zip(batch.spans.slices(), batch.notes, strict=True)
     plans = [ask(start, PromptView(x[at], batch.is_visual[at], notes)) for at, notes in some]
-    rows, spans = batch.rows([plan.stream for plan in plans])
-    return x[rows], batch.take(rows, spans)
+    chosen, counted = [plan.stream for plan in plans], []
+    for plan, at, notes in zip(plans, batch.spans.slices(), batch.notes, strict=True):
+        if plan.x is not None:
+            x[at] = plan.x
+        notes.entered = index = plan.stream if plan.renumber else None
+        # those that are renumbered take the places 0, 1, .. of a prompt's first tokens
+        first = None if index is None else torch.arange(len(index), device=x.device)
+        counted.append(plan.stream if first is None else first)
+    rows, spans = batch.rows(chosen)
+    entered = batch.take(batch.rows(counted)[0], spans)
+    return x[rows], replace(entered, is_visual=batch.is_visual[rows])
 
 
 def trim(caches: list[Cache], layer: int, notes: list[Notes], decide: Trim) -> None:

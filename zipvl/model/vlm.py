@@ -58,10 +58,40 @@ class VLM(nn.Module):
             parts.append(self.features(some, pool=geometry is None))
             if progress:
                 progress(len(some))
-        x, media = torch.cat(parts), self.config.media
+        return self.merge(torch.cat(parts), geometry, self.image_newline)
+
+    def merge(self, x: Tensor, geometry: Geometry | None, newline: Tensor | None) -> Tensor:
+        """Tokens [tokens, C] of a picture's features x [n, N, C], or of a video's pooled ones."""
+        media = self.config.media
         if geometry is None:
-            return merge_video(x, media, self.image_newline)
-        return merge_image(x, geometry, media, self.config.vision.grid, self.image_newline)
+            return merge_video(x, media, newline)
+        return merge_image(x, geometry, media, self.config.vision.grid, newline)
+
+    def received(self, crops: Tensor, geometry: Geometry | None, batch: int = 4) -> Tensor:
+        """What the patches of encode()'s tokens receive in the tower, [tokens, 2] float32, pooled
+        and merged as their features are; -inf of newlines."""
+        media, device = self.config.media, self.device
+        pixels = (normalise(some, media, self.dtype, device) for some in crops.split(batch))
+        x = torch.cat([self.vision.received(some) for some in pixels])  # [n, N, 2]
+        return self.spread(x, geometry, x.new_full((2,), -torch.inf))
+
+    def numbers(self, count: int, geometry: Geometry | None) -> Tensor:
+        """Which of so many crops or frames encode()'s tokens show, [tokens] int64; -1: newlines.
+
+        Tiles have a row and a column each: where tokens of two are shrunk to one, these mean
+        something half-way."""
+        cols = count if geometry is None else max(1, geometry.cols)
+        tile = torch.arange(count) - 1  # the whole picture becomes row -1, the last column
+        x = torch.stack((tile // cols, tile % cols), -1).float()[:, None]  # [n, 1, 2]
+        x = x.expand(-1, self.config.vision.tokens, 2)
+        row, col = self.spread(x, geometry, torch.tensor([-1.0, cols - 2])).round().long().T
+        return 1 + row * cols + col
+
+    def spread(self, x: Tensor, geometry: Geometry | None, newline: Tensor) -> Tensor:
+        """Numbers of patches x [n, N, c] as encode()'s tokens have them, [tokens, c]."""
+        if geometry is None:
+            x = pool_frames(x, self.config.media, self.config.vision.grid)
+        return self.merge(x, geometry, newline)
 
     def embed(self, input_ids: Tensor, is_visual: Tensor, features: list[Tensor]) -> Tensor:
         """Embeddings [T, C]: text from the table, visual tokens from `features`, in order."""

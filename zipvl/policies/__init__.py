@@ -13,6 +13,7 @@ from .attnpred_cnn import AttnPredReimpl
 from .elastic import Elastic
 from .fastv import FastV
 from .h2o import H2O
+from .hired import HiRED
 from .keyformer import Keyformer
 from .kivi import KIVI
 from .lookm import LookM
@@ -21,10 +22,13 @@ from .pyramiddrop import PyramidDrop
 from .scope import SCOPE
 from .sgl import SGL
 from .snapkv import SnapKV
+from .sparsevlm import SparseVLM
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
 from .think import ThinK
 from .tidal import TidalDecode
+from .vidcom2_like import VidCom2Like
+from .visionzip_like import VisionZipLike
 from .vlcache import VLCache
 from .zipcache import ZipCache
 from .zipvl import Fixed, Random, ZipVL, ZipVLPlus, ZipVLQuant
@@ -60,6 +64,10 @@ METHODS: dict[str, type[Policy]] = {
     "think": ThinK,
     "attnpred_last": AttnPredLast,
     "attnpred_reimpl": AttnPredReimpl,
+    "hired": HiRED,
+    "visionzip_like": VisionZipLike,
+    "vidcom2_like": VidCom2Like,
+    "sparsevlm": SparseVLM,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -32,9 +32,11 @@ class Oracle:
 
         `plans` and `trims` are one a layer, `started` is what start() answered."""
         x, positions = x.detach().double(), torch.arange(len(x))
-        heads = self.config.num_heads
-        if started is not None and started.stream is not None:
-            x, positions = x[started.stream], positions[started.stream]
+        heads, first = self.config.num_heads, started or Plan()
+        x = x if first.x is None else first.x.double()
+        if first.stream is not None:
+            entered = torch.arange(len(first.stream)) if first.renumber else first.stream
+            x, positions = x[first.stream], positions[entered]
         for layer, (w, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             n = len(x)
             q, k, v = self.project(w, x, positions)

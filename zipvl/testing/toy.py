@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TextConfig
@@ -30,6 +31,20 @@ class Trace:
     #   cache says of the first sequence, k and v [n, G, D] and positions [n, G]
     seen: "Watch"
     notes: list[Notes]
+
+
+class Stretches:
+    """Where visual tokens could come from (policy.Origin): one medium, each stretch of them a crop,
+    and attention at random."""
+
+    def __init__(self, visual: Tensor):
+        self.tiles = [(0, 0)] * int(visual.any())
+        begins = visual & ~F.pad(visual, (1, 0))[:-1]
+        self.crop = torch.where(visual, begins.cumsum(0) - 1, -1)
+        self.medium = visual.long() - 1
+        chance = torch.Generator().manual_seed(len(visual))
+        received = torch.rand(len(visual), 2, generator=chance)
+        self.received = received.masked_fill(~visual[:, None], -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,8 @@ class Toy:
         at = torch.cat([torch.arange(n) for n in lengths])
         visual = torch.cat([v for _, v in prompts])
         notes = self.scout(policy, prompts, steps)
+        for mine, (_, some) in zip(notes, prompts, strict=True):
+            mine.origin, mine.entered = Stretches(some), None
         batch = Batch.build(lengths, at, visual, model.config, x.dtype, notes)
         out = model.prefill(x, batch, watch, attend_sdpa, room=steps)
         counts = [list(c.spans.lengths) for c in out.caches]
@@ -76,7 +93,7 @@ class Toy:
         for step in range(steps):
             new = (last @ self.head.T).argmax(-1)  # [B]
             tokens = torch.cat((tokens, new[:, None]), dim=1)
-            positions = torch.tensor(lengths) + step
+            positions = torch.tensor([mine.next for mine in notes]) + step
             k_v_at = [[t.clone() for t in c.view(0)] for c in out.caches]
             held.append([(k, v, at) for k, v, at in k_v_at])
             x = model.embed_tokens(new)

@@ -5,8 +5,10 @@ features need and nothing behind them: LLaVA reads CLIP before its last block, S
 last norm.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,18 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return features[:, 1:] if self.drop_cls else features
+
+    def received(self, pixels: Tensor) -> Tensor:
+        """Attention that patches receive in the first and in the last block, [F, N, 2] float32:
+        from the class token, or the mean over all patches; summed over heads."""
+        x, seen = self.pre_layrnorm(self.embeddings(pixels)), []
+        asks = slice(None if self.embeddings.class_embedding is None else 1)  # rows
+        for n, block in enumerate(cast(Iterable[Block], self.encoder.layers)):
+            if n in (0, len(self.encoder.layers) - 1):
+                seen.append(block.self_attn.received(block.layer_norm1(x), asks))
+            x = block(x)
+        scores = torch.stack([seen[0], seen[-1]], dim=-1)
+        return scores[:, 1:] if self.drop_cls else scores
 
 
 class Embeddings(nn.Module):
@@ -112,6 +126,13 @@ class Attention(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def received(self, x: Tensor, asks: slice) -> Tensor:
+        """[F, N] attention that the patches receive from those that ask."""
+        q, k = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).float()
+                for p in (self.q_proj, self.k_proj))  # fmt: skip
+        scores = q[:, :, asks] @ k.mT / math.sqrt(q.shape[-1])  # [F, H, rows, N]
+        return scores.softmax(-1).mean(2).sum(1)
 
 
 class MLP(nn.Module):
