@@ -9,8 +9,10 @@ from typing import Any
 from ..errors import UsageError
 from ..policy import Policy, sound
 from .fastv import FastV
+from .flexprefill_ref import FlexPrefillRef
 from .h2o import H2O
 from .kivi import KIVI
+from .minference_ref import MInferenceRef
 from .snapkv import SnapKV
 from .stream import ZipVLStream
 from .streaming import StreamingLLM
@@ -36,6 +38,8 @@ METHODS: dict[str, type[Policy]] = {
     "zipvl-quant": ZipVLQuant,
     "zipcache": ZipCache,
     "kivi": KIVI,
+    "minference_ref": MInferenceRef,
+    "flexprefill_ref": FlexPrefillRef,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
