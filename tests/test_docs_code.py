@@ -2,14 +2,18 @@
 
 import ast
 import re
+from contextlib import nullcontext
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from zipvl import UsageError
+from zipvl import Plan, StepView, UsageError, View
 from zipvl.testing import check_policy
 
 ROOT = Path(__file__).parent.parent
+CLASS = re.compile(r"^class (\w+)", re.M)
 ANCHOR = re.compile(r"`([\w/]+\.py):([\w.]+)`")
 
 
@@ -20,6 +24,16 @@ def names(tree: ast.AST, prefix: str = "") -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found |= {prefix + node.name} | names(node, f"{prefix}{node.name}.")
     return found
+
+
+def test_every_part_of_the_interface_is_on_the_page() -> None:
+    page = (ROOT / "docs/add_a_method.md").read_text()
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", page))))
+    parts = {f.name for f in fields(Plan)}
+    for view in (View, StepView):
+        parts |= {n for n in (*dir(view), *view.__dataclass_fields__) if not n.startswith("_")}
+    behind = {"project_q", "project_v", "score", "blocks", "sums", "mass_known"}
+    assert parts - behind <= named
 
 
 def test_every_name_in_the_paper_map_exists() -> None:
@@ -40,24 +54,38 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
 
 
-def test_the_diffs_of_add_a_method_lead_from_dense_to_the_example() -> None:
-    found = blocks("add_a_method.md")
-    state = next(text for kind, text in found if kind == "python")
-    versions = [state]
-    for kind, text in found:
-        if kind == "diff":
-            lines = text.splitlines(keepends=True)
-            assert "".join(x[1:] for x in lines if x[0] in " -") == versions[-1]
-            versions.append("".join(x[1:] for x in lines if x[0] in " +"))
-    example = (ROOT / "examples/keynorm.py").read_text()
-    assert versions[-1].strip() == example.split('"""', 2)[2].strip()
+def patched(source: str, diff: str) -> str:
+    """`source` after a diff, which may show a part of it, but one that is there once."""
+    lines = diff.splitlines(keepends=True)
+    old, new = ("".join(x[1:] for x in lines if x[0] in kept) for kept in (" -", " +"))
+    assert source.count(old) == 1, diff
+    return source.replace(old, new)
 
-    sentences = [" ".join(text.split()) for kind, text in found if kind == "text"]
-    for source, fault in zip(versions, [None, *sentences, None], strict=True):
-        space: dict = {}
-        exec(source, space)
-        if fault is None:
-            check_policy(space["KeyNorm"])
+
+def test_the_diffs_of_add_a_method_lead_to_the_examples() -> None:
+    """Each version of a method is checked by the last call that the page shows, and a text behind
+    it is what the contract says."""
+    found = [*blocks("add_a_method.md"), ("end", "")]
+    source, call, versions, faults = "", "", [], []
+    for (kind, text), (after, said) in pairwise(found):
+        if kind == "text":
+            faults.append(" ".join(text.split()))
+            continue
+        if kind == "diff":
+            source = patched(source, text)
+        elif "class " in text:
+            source, call = text, f"check_policy({re.findall(CLASS, text)[0]})"
         else:
-            with pytest.raises((AssertionError, UsageError), match=re.escape(fault)):
-                check_policy(space["KeyNorm"])
+            call = text
+        versions.append(source.strip())
+        if after == "python" and "class " not in said:
+            continue  # this call comes first
+        fault = re.escape(" ".join(said.split())) if after == "text" else None
+        space: dict = {"check_policy": check_policy}
+        exec(source, space)
+        with pytest.raises((AssertionError, UsageError), match=fault) if fault else nullcontext():
+            exec(call, space)
+    assert len(faults) == 3
+    for name in ("keynorm", "tova"):
+        example = (ROOT / f"examples/{name}.py").read_text()
+        assert example.split('"""', 2)[2].strip() in versions, name

@@ -5,6 +5,7 @@
     python bench.py decode  --tokens 2048 --batch 1,2 --weights full,packed,int8,int4
     python bench.py projections --tokens 8192 --ratios 1,0.3
     python bench.py linear
+    python bench.py methods --tokens 2048,8192 --layers 4
     python bench.py batch   --tokens 2048 --batch 1,2,4,8 --ratios 1,0.3
     python bench.py memory  --tokens 2048,8192 --methods dense,fixed:ratio=0.3
     python bench.py e2e     --frames 8,32 --methods dense,zipvl [--model PATH] [--video FILE]
@@ -30,6 +31,7 @@ from .benches import bench_batch, bench_decode, bench_prefill
 from .e2e import bench_e2e
 from .frames import bench_frames
 from .memory import bench_memory
+from .methods import bench_methods
 from .model import DTYPES, SHAPES, Model
 from .plot import draw
 from .projections import bench_linear, bench_projections
@@ -41,6 +43,7 @@ BENCHES = {
     "projections": bench_projections,
     "linear": bench_linear,
     "batch": bench_batch,
+    "methods": bench_methods,
 }
 ALONE = {
     "memory": bench_memory,
@@ -153,6 +156,12 @@ def line(row: dict) -> str:
         parts.append(f"{row['peak_share']:.0%} of {peak:.0f} GFLOP/s, the peak of products")
     if "free_attention" in row:
         parts.append(f"dense would be {row['free_attention']:.2f}x faster were attention free")
+    if "times_dense" in row:
+        parts += [
+            f"{part} {spread([s * 1e3 / row['steps'] for s in row[part]])} ms"
+            for part in ("attention", "decide", "leave")
+        ]
+        parts += [f"{part} {value} dense" for part, value in row["times_dense"].items()]
     parts += [f"{value} of {base}'s throughput" for base, value in row.get("gain", {}).items()]
     parts += [f"{value} as fast as {base}" for base, value in row.get("faster_than", {}).items()]
     return " | ".join(parts)

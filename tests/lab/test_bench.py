@@ -17,11 +17,13 @@ from lab.bench.benches import ragged
 from lab.bench.cli import BENCHES, main, parse
 from lab.bench.e2e import PROMPT, random_inputs
 from lab.bench.memory import ROOT, alone
+from lab.bench.methods import OPTIONS, TOVA, ready
 from lab.bench.model import Model
 from lab.bench.rival import build_rival
 from lab.bench.vlm import random_engine
 from lab.command import ended
 from zipvl.errors import MediaError, ZipvlError
+from zipvl.policies import METHODS, load_policy
 
 COMMON = ["--shape", "tiny", "--dtype", "float32", "--repeats", "2"]
 
@@ -182,6 +184,48 @@ def test_decode_with_weights_in_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     assert full["packed_bytes"] == 0
     assert packed["packed_bytes"] == model.lm_head.weight.nbytes
     assert packed["bytes_per_step"] == full["bytes_per_step"]
+
+
+def test_methods_that_act_at_decode_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """All there are, over as many slots as dense has; their parts are parts of the whole."""
+    dense, *others = run(["methods", "--tokens", "200", "--new", "3"], tmp_path, monkeypatch)
+    assert dense["run"] == "dense"
+    assert dense["times_dense"] == {"attention": "1 (1-1)x", "step": "1 (1-1)x"}
+    names = [row["run"].removesuffix(f":{OPTIONS[TOVA]}".format(n=200)) for row in others]
+    acting = {name for name in filter(ready, METHODS) if load_policy(name).step is not None}
+    assert {name.split(":")[0] for name in names if name != TOVA} >= acting
+    assert TOVA in names
+    for row in (dense, *others):
+        evicts = any(name in row["run"] for name in ("streaming", "h2o", TOVA))
+        assert row["slots"] == (200 if evicts else 200 + 2 + 3), row["run"]
+        assert (sum(row["decide"]) > 0) == (load_policy(row["run"]).step is not None), row["run"]
+        assert all(seconds > 0 for seconds in row["leave"])
+        parts = zip(*(row[p] for p in ("seconds", "attention", "decide", "leave")), strict=True)
+        assert all(s > a > d + leave for s, a, d, leave in parts)
+        places = 2 * 2 * 2 * 16 * 4  # k and v, layers, heads, head size, bytes
+        if evicts:
+            assert row["kv_bytes"] == 201 * places
+    assert capsys.readouterr().out.count("x dense") == 2 * (1 + len(others))
+
+
+def test_one_method_at_decode_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside dense, with the options that it is given; one that does nothing there is no row."""
+    words = [
+        "methods",
+        "--tokens",
+        "20,30",
+        "--methods",
+        "fixed,h2o:heavy=3,recent=4",
+        "--new",
+        "2",
+    ]
+    rows = run(words, tmp_path, monkeypatch)
+    assert [(r["tokens"], r["run"]) for r in rows] == [
+        (n, name) for n in (20, 30) for name in ("dense", "h2o:heavy=3,recent=4")
+    ]
+    assert [r["slots"] for r in rows] == [24, 7, 34, 7]
 
 
 def test_figures_from_raw_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

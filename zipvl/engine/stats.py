@@ -105,7 +105,7 @@ class Recorder(Clock, Observer):
         both = list(zip(entered, plans, strict=True))
         attended = [n if p.attend is None else len(p.attend) for n, p in both]
         asking = [n if p.fill == "own" else a for (n, p), a in zip(both, attended, strict=True)]
-        pairs = [a * r if p.mask is None else masked_pairs(p.mask, n)
+        pairs = [a * r if p.mask is None else masked_pairs(p.mask, n, self.device)
                  for (n, p), a, r in zip(both, attended, asking, strict=True)]  # fmt: skip
         work = [
             layer_work(
@@ -137,11 +137,12 @@ class Counted(Prefilled):
     layers: list[LayerStats]
 
 
-def masked_pairs(mask: Mask, n: int, block: int = 512) -> int:
+def masked_pairs(mask: Mask, n: int, device: torch.device | None = None, block: int = 512) -> int:
     """The pairs of a masked layer of n tokens, mean over heads, in the same measure: all: n^2."""
     count = 0.0
-    for rows in torch.arange(n).split(block):
-        seen = mask(rows).cpu() & (torch.arange(n) <= rows[:, None])  # [b, n] or [H, b, n]
+    index = torch.arange(n, device=device)
+    for rows in index.split(block):
+        seen = mask(rows) & (index <= rows[:, None])  # [b, n] or [H, b, n]
         count += float(seen.sum()) / (len(seen) if seen.ndim == 3 else 1)
     return round(2 * count - n)
 

@@ -12,6 +12,7 @@ from .attnpred import AttnPredLast
 from .attnpred_cnn import AttnPredReimpl
 from .elastic import Elastic
 from .fastv import FastV
+from .flexprefill_ref import FlexPrefillRef
 from .h2o import H2O
 from .hired import HiRED
 from .keyformer import Keyformer
@@ -21,6 +22,7 @@ from .prefixkv import PrefixKV
 from .pyramiddrop import PyramidDrop
 from .scope import SCOPE
 from .sgl import SGL
+from .minference_ref import MInferenceRef
 from .snapkv import SnapKV
 from .sparsevlm import SparseVLM
 from .stream import ZipVLStream
@@ -68,6 +70,8 @@ METHODS: dict[str, type[Policy]] = {
     "visionzip_like": VisionZipLike,
     "vidcom2_like": VidCom2Like,
     "sparsevlm": SparseVLM,
+    "minference_ref": MInferenceRef,
+    "flexprefill_ref": FlexPrefillRef,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

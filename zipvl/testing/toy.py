@@ -12,7 +12,7 @@ from ..model.batch import Batch
 from ..model.cache import Cache
 from ..model.decoder import Decoder
 from ..model.kernels import attend_sdpa
-from ..policy import Notes, Plan, Policy, PromptView, StepView, Trim, View, ask, fault, sound
+from ..policy import Mask, Notes, Plan, Policy, PromptView, StepView, Trim, View, ask, fault, sound
 
 Prompt = tuple[Tensor, Tensor]  # input ids [T], is_visual [T]
 ROOM = 4  # tokens generated in a run
@@ -96,6 +96,12 @@ class Toy:
             positions = torch.tensor([mine.next for mine in notes]) + step
             k_v_at = [[t.clone() for t in c.view(0)] for c in out.caches]
             held.append([(k, v, at) for k, v, at in k_v_at])
+            full = [i for i, cache in enumerate(out.caches) if not cache.spans.free()]
+            expect(
+                not full,
+                f"the cache of layer {min(full, default=0)} has no place for new token {step + 1}: "
+                "let one `leave` in step() for each new one, or ask for more `room` in plan()",
+            )
             x = model.embed_tokens(new)
             last = model.decode(x, positions, out.caches, watch, attend_sdpa, notes)
             hidden.append(last)
@@ -140,6 +146,10 @@ class Watch(Policy):
             f"{where}: plan() changed a tensor of the view: work on a .clone()",
         )
         check_stream(f"{where}: plan.stream", plan.stream, view.length)
+        if plan.mask is not None:
+            check_mask(f"{where}: plan.mask", plan.mask, view)
+        if plan.merge is not None:
+            check_merge(f"{where}: plan.merge", plan, view)
         self.plans.append(plan)
         return plan
 
@@ -150,6 +160,8 @@ class Watch(Policy):
 
     def step(self, view: StepView) -> Plan:
         plan = ask(self.policy.step, view) if self.policy.step else Plan()
+        gone = 0 if plan.leave is None else plan.leave.shape[-1]
+        expect(gone < view.length, f"layer {view.layer}: step() lets all {gone} slots leave")
         self.steps.append(plan)
         return plan
 
@@ -158,6 +170,45 @@ def check_stream(name: str, index: Tensor | None, count: int) -> None:
     expect(
         index is None or int(index[-1]) == count - 1,
         f"{name} drops the prompt's last token, from which the answer starts",
+    )
+
+
+def check_mask(name: str, mask: Mask, view: View) -> None:
+    """It is asked for some rows at a time, and says of each the same as of them all."""
+    H, T = len(view.q), view.length
+    expect(callable(mask), f"{name} is no function: give one of rows [b]")
+    parts = []
+    for rows in view.every.split(T // 2 + 1):
+        parts.append(seen := mask(rows))
+        shape, right = list(seen.shape), ([len(rows), T], [H, len(rows), T])
+        expect(
+            shape in right and seen.dtype == torch.bool,
+            f"{name} of {len(rows)} rows is {seen.dtype} {shape}: give bool {right[0]}, {right[1]}",
+        )
+    whole = torch.cat(parts, dim=-2)
+    expect(torch.equal(whole, mask(view.every)), f"{name} says other things of rows asked together")
+    expect(
+        bool(whole.diagonal(dim1=-2, dim2=-1).all()),
+        f"{name} hides a row from itself: the first one then sees nothing",
+    )
+
+
+def check_merge(name: str, plan: Plan, view: View) -> None:
+    """Tokens join tokens that are cached, or none."""
+    G, T = len(view.k), view.length
+    assert plan.merge is not None
+    into, weight = plan.merge
+    for what, x in (("into", into), ("weight", weight)):
+        right = list(x.shape) in ([T], [G, T])
+        expect(right, f"{name}: `{what}` is {list(x.shape)}: give {[T]} or {[G, T]}")
+    expect(into.dtype == torch.int64, f"{name}: `into` is {into.dtype}: give int64 tokens")
+    held = torch.zeros(G, T + 1, dtype=torch.bool)  # the last place is -1's
+    held[:, T] = True
+    held.scatter_(1, (view.every if plan.cache is None else plan.cache).expand(G, -1), True)
+    inside = bool(((into >= -1) & (into < T)).all())
+    expect(
+        inside and bool(held.gather(1, into.expand(G, T) % (T + 1)).all()),
+        f"{name}: a token joins one that is not in plan.cache: give one that is, or -1 for none",
     )
 
 
