@@ -83,7 +83,7 @@ class PromptView:
 
     x: Tensor  # [T, C] embeddings, visual tokens included
     is_visual: Tensor  # [T] bool, image and video tokens
-    notes: Notes
+    notes: Notes  # notes.origin: where these come from
 
     @property
     def length(self) -> int:
