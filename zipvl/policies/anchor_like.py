@@ -24,8 +24,8 @@ class AnchorLike(Policy):
     def plan(self, view: View) -> Plan:
         origin, places = view.notes.origin, view.positions.long()
         medium, crop = origin.medium[places], origin.crop[places]
-        ends = F.pad((medium.diff() != 0) | (crop.diff() != 0), (0, 1), value=True)
-        anchor = ~view.is_visual | (crop < 0) | ends  # [T]
+        other = (medium.diff() != 0) | ((crop.diff() != 0) & (crop[1:] >= 0))  # what comes next
+        anchor = ~view.is_visual | (crop < 0) | F.pad(other, (0, 1), value=True)  # [T]
         line = anchor.long().cumsum(0) - anchor.long()  # of each token, as many as ended before it
 
         def mask(rows: Tensor) -> Tensor:
