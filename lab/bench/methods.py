@@ -35,12 +35,13 @@ OPTIONS = {  # under which n slots stay, or are chosen among; other methods run 
     "h2o": "heavy={half},recent={half}",
     "keyformer": "ratio=1",
     "elastic": "ratio=0.5",
+    "prefixkv": "ratio=0.5",
     "scope": "budget={n},answer=1,recent=1",
     "tidal": "budget={few}",
     "attnpred_last": "budget={few}",
     TOVA: "budget={n}",
 }
-LONGER = {"elastic": 2}  # n slots are what stays of so many times n tokens
+LONGER = {"elastic": 2, "prefixkv": 2}  # n slots are what stays of so many times n tokens
 
 
 def ready(name: str) -> bool:
