@@ -34,9 +34,14 @@ OPTIONS = {  # under which n slots stay, or are chosen among; other methods run 
     "streaming": "sinks=4,window={rest}",
     "h2o": "heavy={half},recent={half}",
     "keyformer": "ratio=1",
+    "elastic": "ratio=0.5",
+    "prefixkv": "ratio=0.5",
+    "scope": "budget={n},answer=1,recent=1",
+    "tidal": "budget={few}",
     "attnpred_last": "budget={few}",
     TOVA: "budget={n}",
 }
+LONGER = {"elastic": 2, "prefixkv": 2}  # n slots are what stays of so many times n tokens
 
 
 def ready(name: str) -> bool:
@@ -92,10 +97,13 @@ def random_view(model: Model, layer: int, positions: Tensor, notes: Notes) -> Vi
             logits = torch.randn(share, len(rows), n, device=device)
             yield slice(start, start + share), rows, logits.masked_fill_(future, -torch.inf)
 
+    def queries(rows: Tensor | None = None) -> Tensor:
+        return some(c.num_heads, n if rows is None else len(rows), c.head_dim)
+
     return View(
         layer, c.num_layers, some(c.num_kv_heads, n, c.head_dim), positions,
         positions < n - QUESTION, notes,
-        project_q=lambda: some(c.num_heads, n, c.head_dim),
+        project_q=queries,
         project_v=lambda: some(c.num_kv_heads, n, c.head_dim),
         score=lambda rows: torch.rand(c.num_heads, n, device=device),
         blocks=blocks,
@@ -138,7 +146,7 @@ class Watched(Policy):
 
 def steps_of(model: Model, policy: Policy, n: int, new: int, clock: str,
              seen: list[Laps]) -> Callable[[], object]:  # fmt: skip
-    """`new` steps through all layers, without embedding and head; `seen` gets their laps."""
+    """`new` steps behind n tokens, without embedding and head; `seen` gets their laps."""
     torch.manual_seed(0)
     caches, notes = filled(model, policy, n, new + WARM)
     laps, c = Laps(model, clock), model.config
@@ -172,8 +180,8 @@ def bench_methods(model: Model, args: argparse.Namespace) -> list[Row]:
     for tokens in args.tokens:
         seen: dict[str, list[Laps]] = {}
         runs: dict[str, Factory] = {
-            name: partial(steps_of, model, policy, tokens, args.new, args.clock,
-                          seen.setdefault(name, []))
+            name: partial(steps_of, model, policy, tokens * LONGER.get(name.split(":")[0], 1),
+                          args.new, args.clock, seen.setdefault(name, []))
             for name, policy in acting(methods, tokens).items()
         }  # fmt: skip
         spent = {"step": interleaved(model.device, args.clock, runs, args.repeats)}
