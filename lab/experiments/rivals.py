@@ -124,8 +124,7 @@ def run_text(job: Job) -> None:
     """Windows of a batch are decoded together, each as if it were alone."""
     [tokens, *_] = job.tokens
     engine = job.engine
-    size = tokens + ANSWER - 128  # windows() adds 128 tokens to each prompt
-    some = windows(engine, size, job.samples, job.seed)
+    some = windows(engine, tokens, job.samples, job.seed, ANSWER)
     work = dense_work(engine.config.text, tokens, ends=True)
 
     def measure(ready: list[torch.Tensor], method: str) -> list[Record]:
