@@ -128,8 +128,9 @@ class LayerCache:
         lengths = list(self.spans.lengths)
         for b, (at, plan) in enumerate(zip(self.spans.own(), plans, strict=True)):
             if plan.leave is not None:
+                both = moves(plan.leave, self.k.shape[1], at.stop - at.start)
                 for t in (self.k, self.v, self.positions):
-                    moved(t[at].transpose(0, 1), plan.leave)
+                    fill_up(t[at].transpose(0, 1), *both)
                 lengths[b] -= plan.leave.shape[-1]
         self.spans.shrink(lengths)
 
@@ -177,14 +178,23 @@ def moved(x: Tensor, leave: Tensor) -> Tensor:
     """What a cache does with x [G, n, ...], here of its n slots, when the slots `leave` [E] or
     [G, E] are let go: of the last E slots, those that stay take the free places in order. Returns
     [G, n - E, ...], a view of x, whose memory is overwritten: nothing else moves."""
-    G, n, E = len(x), x.shape[1], leave.shape[-1]
-    leave, tail = leave.expand(G, E), torch.arange(n - E, n, device=x.device)
-    goes = torch.zeros(G, n, dtype=torch.bool, device=x.device).scatter_(1, leave, True)
+    return fill_up(x, *moves(leave, *x.shape[:2]))
+
+
+def moves(leave: Tensor, G: int, n: int) -> tuple[Tensor, Tensor]:
+    """Of n slots, which slots [G, E] are written when `leave` are let go, and which are read."""
+    E, device = leave.shape[-1], leave.device
+    leave, tail = leave.expand(G, E), torch.arange(n - E, n, device=device)
+    goes = torch.zeros(G, n, dtype=torch.bool, device=device).scatter_(1, leave, True)
     source = torch.where(goes[:, n - E :], n, tail).sort(dim=1).values  # as many as free places, n
-    source = torch.where(source < n, source, leave)  # who leaves from the tail is read by itself
-    heads = torch.arange(G, device=x.device)[:, None]
-    x[heads, leave] = x[heads, source]
-    return x[:, : n - E]
+    return leave, torch.where(source < n, source, leave)  # who leaves from the tail reads itself
+
+
+def fill_up(x: Tensor, into: Tensor, source: Tensor) -> Tensor:
+    """moved(), with moves() known."""
+    heads = torch.arange(len(x), device=x.device)[:, None]
+    x[heads, into] = x[heads, source]
+    return x[:, : x.shape[1] - into.shape[1]]
 
 
 def joined(x: Tensor, into: Tensor, weight: Tensor) -> Tensor:

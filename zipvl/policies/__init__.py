@@ -41,46 +41,56 @@ class Dense(Policy):
     """Every token attends and stays: the baseline."""
 
 
-METHODS: dict[str, type[Policy]] = {
-    "dense": Dense,
-    "zipvl": ZipVL,
-    "zipvl+": ZipVLPlus,
-    "zipvl-stream": ZipVLStream,
-    "zipvl-quant": ZipVLQuant,
-    "fixed": Fixed,
-    "random": Random,
-    # before layer 0
-    "hired": HiRED,
-    "visionzip_like": VisionZipLike,
-    "vidcom2_like": VidCom2Like,
-    # behind some layer
-    "fastv": FastV,
-    "pyramiddrop": PyramidDrop,
-    "sparsevlm": SparseVLM,
-    "sgl": SGL,
-    # the pairs of a prefill
-    "minference_ref": MInferenceRef,
-    "flexprefill_ref": FlexPrefillRef,
-    "anchor_like": AnchorLike,
-    # what a cache keeps
-    "streaming": StreamingLLM,
-    "h2o": H2O,
-    "snapkv": SnapKV,
-    "keyformer": Keyformer,
-    "prefixkv": PrefixKV,
-    "elastic": Elastic,
-    "vlcache": VLCache,
-    "lookm": LookM,
-    "scope": SCOPE,
-    # in fewer bits or channels
-    "zipcache": ZipCache,
-    "kivi": KIVI,
-    "think": ThinK,
-    # what a step reads
-    "tidal": TidalDecode,
-    "attnpred_last": AttnPredLast,
-    "attnpred_reimpl": AttnPredReimpl,
+Catalogue = dict[str, type[Policy]]
+GROUPS: dict[str, Catalogue] = {  # by what they act on
+    "the paper, its ablations, and what measured better": {
+        "dense": Dense,
+        "zipvl": ZipVL,
+        "zipvl-stream": ZipVLStream,
+        "zipvl+": ZipVLPlus,
+        "zipvl-quant": ZipVLQuant,
+        "fixed": Fixed,
+        "random": Random,
+    },
+    "which visual tokens enter": {
+        "hired": HiRED,
+        "visionzip_like": VisionZipLike,
+        "vidcom2_like": VidCom2Like,
+    },
+    "which go on behind a layer": {
+        "fastv": FastV,
+        "pyramiddrop": PyramidDrop,
+        "sparsevlm": SparseVLM,
+        "sgl": SGL,
+    },
+    "which pairs a prefill computes": {
+        "minference_ref": MInferenceRef,
+        "flexprefill_ref": FlexPrefillRef,
+        "anchor_like": AnchorLike,
+    },
+    "what the cache keeps": {
+        "streaming": StreamingLLM,
+        "h2o": H2O,
+        "snapkv": SnapKV,
+        "keyformer": Keyformer,
+        "prefixkv": PrefixKV,
+        "elastic": Elastic,
+        "vlcache": VLCache,
+        "lookm": LookM,
+        "scope": SCOPE,
+    },
+    "in how many bits, or channels": {
+        "zipcache": ZipCache,
+        "kivi": KIVI,
+        "think": ThinK,
+    },
+    "what a decode step reads": {
+        "tidal": TidalDecode,
+        "attnpred_last": AttnPredLast,
+        "attnpred_reimpl": AttnPredReimpl,
+    },
 }
+METHODS: Catalogue = {name: kind for group in GROUPS.values() for name, kind in group.items()}
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 MAX_WHOLE = 2**53  # of an option: seeds are multiplied, and generators take 64 bits

@@ -5,7 +5,8 @@ attention, mean over heads, as the authors' code does; the paper's text speaks o
 all tokens. `ratio` is the share KEPT, 1 - R of the paper. Text stays, original positions stay.
   drop   the others leave the stream, so every later layer and its cache are smaller
   mask   the others stay, but later layers hide their keys: equal for the kept tokens, no faster
-Deviations: in `mask` the set is chosen once, the authors' ablation script chose again for each new
+Phase: prefill behind layer `after`, and the caches there. What leaves: visual tokens.
+Source: the authors' code. Deviations: in `mask` the set is chosen once, the authors' ablation script chose again for each new
 token; a visual mask instead of one stretch, so that several pictures and videos work.
 """
 

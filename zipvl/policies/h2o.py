@@ -4,8 +4,9 @@ Prefill is dense. Scores are exact column sums over all prompt rows, computed bl
 tensor, but T x T work in each layer, more than the attention itself. Each decode step adds its row;
 once `heavy` + `recent` slots are full, one token leaves for each new one. The budget is equal for
 all layers and key/value heads, and each head keeps its own tokens.
-Deviations: the query heads that share a key/value head vote by their mean (the paper has no GQA);
-original positions.
+Phase: the cache, behind a dense prefill and at each decode step. What leaves: tokens, by head.
+Source: the paper, and the code that really evicts. Deviations: the query heads that share a
+key/value head vote by their mean (the paper has no GQA); original positions.
 """
 
 from dataclasses import dataclass

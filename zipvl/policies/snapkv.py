@@ -3,8 +3,9 @@
 Prefill is dense. Attention from the window is summed over its rows and pooled along the prompt, so
 that neighbours of a heavy token stay too; each key/value head keeps the window and its best others.
 Nothing is evicted while decoding.
-Deviations: the query heads that share a key/value head vote by their mean, and the cache holds G
-heads (the authors' code first repeats keys to H); original positions.
+Phase: the cache, once, behind a dense prefill. What leaves: tokens, by key/value head.
+Source: the authors' code. Deviations: the query heads that share a key/value head vote by their
+mean, and the cache holds G heads (the authors' code first repeats keys to H).
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ choose keeps tau ** (1 / L), so that one number means the same in models of any 
 a layer with 8 layers, 0.987 with 28). Half as many probe rows as the paper's draw as well here,
 since every layer chooses among the choice of those before it.
 
+Phase: prefill, all of it, and the caches. What leaves: tokens, for good.
 A token that is gone does less harm than one that stays behind without its update: later layers read
 its stale state (docs/experiments.md measures it). UniPrefill (arXiv 2605.06221) drops tokens for
 the layers up to its next full-attention layer.

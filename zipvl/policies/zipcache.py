@@ -3,7 +3,8 @@
 Prefill is dense and nothing is dropped. Salient tokens are the best by attention mass over the
 number of probe rows that can see them; probes are the most recent `probes` of the prompt and as
 many random rows. While decoding, after every `interval` new tokens the newest query sorts these.
-Deviations from the authors' code: one set for all key/value heads, as their tokenwise steps span
+Phase: the cache, behind a dense prefill and while decoding. What leaves: bits, no token.
+Source: the authors' code. Deviations: one set for all key/value heads, as their tokenwise steps span
 the heads; mass is divided by the count of probe rows, as their text says, not of all rows; a token
 is quantised once, where theirs turns the whole cache back and quantises it again each time; no
 random row is drawn twice.

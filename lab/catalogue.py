@@ -1,0 +1,143 @@
+"""The tables of methods in README.md and docs/methods.md, from the catalogue and what was measured.
+
+    python -m lab.catalogue     writes both; a test compares them
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from zipvl.policies import GROUPS, METHODS
+
+from .experiments.rivals import BUDGETS, GRID, budget
+
+ROOT = Path(__file__).parent.parent
+MEASURED = ROOT / "lab/results/methods"
+HEAD = re.compile(r"^(?P<name>.+?) \(arXiv (?P<paper>\d{4}\.\d{5})\): (?P<what>.*?)(?:\.\s|\.?$)", re.S)
+README = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.S)
+PAGE = re.compile(r"(<!-- figures: (?P<group>[^>]+?) -->\n).*?(<!-- /figures -->)", re.S)
+WHEN = {
+    "hired": "Pictures cut into tiles, on a model whose tower has a class token.",
+    "visionzip_like": "A fixed number of tokens a picture, whatever is asked.",
+    "vidcom2_like": "Films of any length: it needs neither pixels nor attention.",
+    "fastv": "The plainest way to halve a prefill; it trusts one layer and the last token.",
+    "pyramiddrop": "As FastV with three cuts: more depth, less trust in each.",
+    "sparsevlm": "Questions that name what they ask for.",
+    "sgl": "A small model of the family is at hand; without one, an upper bound for such scores.",
+    "minference_ref": "To study the pattern; below 10,000 tokens it leaves little out.",
+    "flexprefill_ref": "To study budgets by head and block beside budgets by layer and token.",
+    "anchor_like": "To see what lines alone carry in a model that was not trained to use them.",
+    "streaming": "The floor that any choice must beat, and endless text.",
+    "h2o": "Long answers from a fixed cache, at the price of all rows' scores.",
+    "snapkv": "The first choice where the prefill is fast enough and the cache is not small enough.",
+    "keyformer": "H2O where early favourites crowd the cache; noise makes answers depend on a seed.",
+    "prefixkv": "One budget for all layers together; `text=true` unless the letter is wanted.",
+    "elastic": "As PrefixKV with merging in place of unequal layers; `text=true` as well.",
+    "vlcache": "Pictures before a question: budgets by layer from the question's rows alone.",
+    "lookm": "Pictures with much text, all of which stays.",
+    "scope": "Answers of thousands of tokens.",
+    "zipcache": "The smallest cache that loses nothing here.",
+    "kivi": "No scores at all, at any prefill kernel.",
+    "think": "On top of SnapKV, where key channels are what is left to save.",
+    "tidal": "Decoding behind prompts so long that reading the cache is what takes the time.",
+    "attnpred_last": "The baseline for any predictor of attention, and nearly as good.",
+    "attnpred_reimpl": "A network of 4,833 numbers, trained by `python -m lab.attnpred`.",
+}
+
+
+def told(name: str) -> tuple[str, str]:
+    """The number of a method's paper ("" for ours) and what it does, from its docstring."""
+    kind = METHODS[name]
+    text = sys.modules[kind.__module__].__doc__ or ""
+    if kind in GROUPS[next(iter(GROUPS))].values():
+        return "", (kind.__doc__ or "").splitlines()[0].rstrip(".")
+    found = HEAD.match(text.replace("\n", " "))
+    assert found, name
+    return found["paper"], found["what"]
+
+
+def link(name: str) -> str:
+    paper, _ = told(name)
+    return f"`{name}` ([{paper}](https://arxiv.org/abs/{paper}))" if paper else f"`{name}`"
+
+
+def readme() -> str:
+    """A row for each method of this project, and for each group of others."""
+    ours, *others = GROUPS.items()
+    rows = [f"| `{name}` | {told(name)[1]} |" for name in ours[1]]
+    rows += [f"| {title} | {', '.join(map(link, group))} |" for title, group in others]
+    return "\n".join(["| name | what it does |", "|---|---|", *rows]) + "\n"
+
+
+def measured(kind: str) -> dict[str, Any]:
+    """Rows of a side-by-side by method."""
+    path = MEASURED / kind / "result.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return {row["method"]: row for row in rows}
+
+
+def settings(name: str, tokens: int) -> list[list[str]]:
+    """The settings of a method in the side-by-side, three (or one) of each template."""
+    found = []
+    plain = all("{" not in s for s in GRID.get(name, ()))
+    for s in GRID.get(name, ()):
+        some = list(dict.fromkeys(s.format(**budget(share, tokens)) for share in BUDGETS))
+        found.append([f"{name}:{one}" for one in some])
+    if plain and found:
+        found = [[one for some in found for one in some]]
+    return found or [[name]]
+
+
+def figures(names: list[str]) -> str:
+    """A row for each template of each method: three settings side by side."""
+    clips, text = measured("clips"), measured("text")
+    head = "| method | settings | lists and counts right, % | prefill work, % | cache, % "
+    lines = [head + "| text: nats lost | cache, % |", "|---" * 7 + "|"]
+    for name in names:
+        for some, words in zip(settings(name, 265), settings(name, 512), strict=True):
+            seen = [clips[m] for m in some if m in clips]
+            read = [text[m] for m in words if m in text]
+            cells = [
+                f"`{name}`", ", ".join(m.partition(":")[2] for m in some),
+                across(seen, lambda r: f"{100 * r['accuracy']['value']:.0f}"),
+                across(seen, lambda r: f"{100 * r['prefill']:.0f}"),
+                across(seen, lambda r: f"{100 * r['kv_bytes']:.0f}"),
+                across(read, lambda r: f"{r['extra']['value']:.2f}"),
+                across(read, lambda r: f"{100 * r['kv_bytes']:.0f}"),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def described(names: list[str]) -> str:
+    rows = [f"| {link(name)} | {told(name)[1]}. {WHEN.get(name, '')} |" for name in names]
+    return "\n".join(["| method | what it does; when |", "|---|---|", *rows]) + "\n"
+
+
+def page(text: str) -> str:
+    """docs/methods.md with the tables that belong into it."""
+
+    def group(m: re.Match) -> str:
+        names = list(GROUPS[m["group"]])
+        return f"{m[1]}\n{described(names)}\n{figures(names)}\n{m[3]}"
+
+    return PAGE.sub(group, text)
+
+
+def with_methods(text: str) -> str:
+    """README.md with the catalogue."""
+    return README.sub(lambda m: m[1] + readme() + m[2], text)
+
+
+def across(rows: list[Any], show: Any) -> str:
+    """One number where all are the same."""
+    shown = [show(row) for row in rows]
+    return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+
+
+if __name__ == "__main__":
+    for name, made in (("README.md", with_methods), ("docs/methods.md", page)):
+        path = ROOT / name
+        path.write_text(made(path.read_text(encoding="utf-8")), encoding="utf-8")
