@@ -204,7 +204,15 @@ class Enters(Policy):
     def start(self, prompt: PromptView) -> Plan:
         kept = ~prompt.is_visual | (torch.arange(prompt.length) % 3 > 0)
         kept[-1] = self.last
+        at = torch.arange(int(kept.sum())) if self.renumber else kept.nonzero()[:, 0]
+        prompt.notes["there"] = at, prompt.is_visual[kept]
         return Plan(stream=kept, renumber=self.renumber, x=2 * prompt.x)
+
+    def plan(self, view: View) -> Plan:
+        positions, visual = view.notes["there"]
+        assert torch.equal(view.positions.long(), positions)
+        assert torch.equal(view.is_visual, visual)
+        return Plan()
 
 
 @torch.inference_mode()

@@ -44,6 +44,13 @@ SETTINGS = [  # every method, made to leave something out of prompts as short as
     "fastv:variant=mask", "streaming:sinks=2,window=24", "h2o:heavy=12,recent=12", "snapkv:budget=40",
     "snapkv:budget=40,summary=8", "zipvl-quant:interval=2", "zipcache:interval=2", "kivi:residual=32",
 ]  # fmt: skip
+NEWER = [
+    "hired:ratio=0.4", "visionzip_like:dominant=2,contextual=1", "vidcom2_like:ratio=0.5", "pyramiddrop",
+    "sparsevlm", "sgl", "minference_ref:vertical=8,slash=8", "flexprefill_ref:block=16,budget=16",
+    "anchor_like", "keyformer:every=2", "prefixkv", "elastic", "vlcache:ratio=0.4", "lookm:ratio=0.4",
+    "scope:budget=40,answer=2,recent=1", "think:window=16,budget=40", "tidal:budget=24,first=1",
+    "attnpred_last:budget=48,sinks=16,local=16,dense=0",
+]  # fmt: skip
 NEW, FEW = 4, 3  # tokens; layers
 BEFORE = dict(vars(torch.cuda))
 REAL = torch.cuda.is_available()
@@ -392,10 +399,11 @@ def test_stand_ins_of_our_kernels_are_all_there(card: Card) -> None:
 
 
 def test_every_method_is_here() -> None:
-    assert {setting.partition(":")[0] for setting in SETTINGS} == set(METHODS)
+    names = {setting.partition(":")[0] for setting in SETTINGS + NEWER}
+    assert names == METHODS.keys() - {"attnpred_reimpl"}  # reads as attnpred_last, by a file
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", SETTINGS + NEWER)
 def test_float32_answers_are_the_cpu_s(card: Card, method: str) -> None:
     """SDPA, in a ragged batch and alone; decoded by a graph where that can be."""
     engine = loaded("cuda", FEW, dtype="float32")
@@ -411,7 +419,10 @@ ALIKE = ("zipvl-quant", "zipcache")  # to zipvl with kv_bits=4/2, as far as atte
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=pytest.mark.slow) if m.startswith(ALIKE) else m for m in SETTINGS],
+    [
+        pytest.param(m, marks=pytest.mark.slow) if m.startswith(ALIKE) or m in NEWER else m
+        for m in SETTINGS + NEWER
+    ],
 )
 def test_flash_answers_are_the_cpu_s(card: Card, method: str) -> None:
     """In bfloat16, which this model answers as it does in float32; decoded by FlashAttention, too,
@@ -594,6 +605,8 @@ def test_waits(card: Card, method: str, limit: int, count: int) -> None:
         ("streaming:sinks=2,window=24", 1, 1), ("h2o:heavy=12,recent=12", 2, 1), ("snapkv:budget=40", 2, 1),
         ("snapkv:budget=40,summary=8", 10, 1), ("zipvl-quant:interval=2", 17, 64),
         ("zipcache:interval=2", 14, 55), ("kivi:residual=32", 1, 1),
+        # those of pictures wait before layer 0, sgl for its scout
+        *zip(NEWER, (28, 26, 13, 2, 11, 28, 4, 4, 5, 1, 5, 2, 4, 4, 2, 2, 1, 1), [1] * 18, strict=True),
     ],
 )  # fmt: skip
 def test_waits_of_others(card: Card, method: str, layer: int, step: int) -> None:

@@ -83,7 +83,7 @@ class PromptView:
 
     x: Tensor  # [T, C] embeddings, visual tokens included
     is_visual: Tensor  # [T] bool, image and video tokens
-    notes: Notes
+    notes: Notes  # notes.origin: where these come from
 
     @property
     def length(self) -> int:
@@ -232,7 +232,7 @@ class Plan:
     cache: Tensor | None = None  # [K'] | [G, K']  tokens whose k, v stay for decoding
     stream: Tensor | None = None  # [K'']  tokens that go on to the next layer
     leave: Tensor | None = None  # [E] | [G, E]  at a decode step, the slots whose k, v are let go
-    #   after it; what is left of the newest ones takes their places (moved())
+    #   after it; what is left of the newest ones takes their places (cache.moved)
     precise: Tensor | None = None  # [K]  of the cached ones, those a mixed storage gives more bits;
     #   at a decode step of the `due` newest ones
     fill: str = "zero"  # what the attention output of tokens outside `attend` is:
@@ -277,20 +277,6 @@ def select(x: Tensor, index: Tensor | None) -> Tensor:
         return x[index]
     at = index.T * x.shape[1] + torch.arange(x.shape[1], device=x.device)  # [K, G]
     return x.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
-
-
-def moved(x: Tensor, leave: Tensor) -> Tensor:
-    """What a cache does with x [G, n, ...], here of its n slots, when the slots `leave` [E] or
-    [G, E] are let go: of the last E slots, those that stay take the free places in order. Returns
-    [G, n - E, ...], a view of x, whose memory is overwritten: nothing else moves."""
-    G, n, E = len(x), x.shape[1], leave.shape[-1]
-    leave, tail = leave.expand(G, E), torch.arange(n - E, n, device=x.device)
-    goes = torch.zeros(G, n, dtype=torch.bool, device=x.device).scatter_(1, leave, True)
-    source = torch.where(goes[:, n - E :], n, tail).sort(dim=1).values  # as many as free places, n
-    source = torch.where(source < n, source, leave)  # who leaves from the tail is read by itself
-    heads = torch.arange(G, device=x.device)[:, None]
-    x[heads, leave] = x[heads, source]
-    return x[:, : n - E]
 
 
 class Storage(Protocol):

@@ -20,28 +20,31 @@ from .methods import figure
 from .runner import Job, Record, policy
 from .text import windows
 
-BUDGETS = (0.2, 0.4, 0.6)  # of a prompt's n tokens: {s}; k = s n tokens; h half of them
+BUDGETS = (0.1, 0.2, 0.4)  # s of a prompt's n tokens are k; h half of them
 KINDS = ("list", "count")
-ANSWER, QUESTION = 256, 128  # tokens of text decoded; of its prompt, the last ones count as text
-GRID: dict[str, tuple[str, ...]] = {  # one template for all budgets, or a setting for each
+ANSWER, QUESTION = 256, 32  # tokens of text decoded; of its prompt, the last ones count as text
+GRID: dict[str, tuple[str, ...]] = {  # templates for all budgets, or a setting for each
     "dense": (),
-    # fewer tokens in the prefill
+    # fewer tokens, or pairs of them, in the prefill
     "zipvl": ("tau=0.5", "tau=0.8", "tau=0.975"),
     "zipvl+": ("tau=0.5", "tau=0.8", "tau=0.975"),
     "zipvl-stream": ("tau=0.5", "tau=0.7", "tau=0.9"),
     "fixed": ("ratio={s}",),
     "random": ("ratio={s}",),
-    "controls.py:Schedule": ("kept={s},by=random",),
-    "fastv": ("after=2,ratio=0.05", "after=2,ratio=0.25", "after=2,ratio=0.5"),
-    "pyramiddrop": ("lam=0.15", "lam=0.4", "lam=0.65"),
-    "sparsevlm": (),
+    "controls.py:Schedule": ("kept={s}/{s},by=random",),
     "hired": ("ratio={s}",),
-    "visionzip_like": ("ratio={s}",),
+    "visionzip_like": ("dominant=1,contextual=0", "dominant=1,contextual=1",
+                       "dominant=2,contextual=1"),
     "vidcom2_like": ("ratio={s}",),
-    "sgl": ("ratio={s}",),
+    "fastv": ("ratio=0.05", "ratio=0.25", "ratio=0.5"),
+    "pyramiddrop": ("lam=0.15", "lam=0.4", "lam=0.65"),
+    "sparsevlm": ("cuts=2:0.2/6:0.1/15:0.05", "cuts=2:0.5208/6:0.3472/15:0.191",
+                  "cuts=2:0.8/6:0.6/15:0.4"),
+    "sgl": ("ratio=0.05", "ratio=0.25", "ratio=0.5"),
+    "minference_ref": ("vertical={h},slash={h}",),
+    "flexprefill_ref": ("gamma=0.5,block=32,budget=32", "gamma=0.8,block=32,budget=32",
+                        "gamma=0.95,block=32,budget=32"),
     "anchor_like": (),
-    "minference_ref": (),
-    "flexprefill_ref": (),
     # a smaller cache behind a dense prefill
     "controls.py:RandomCache": ("ratio={s}",),
     "streaming": ("sinks=4,window={w}",),
@@ -53,15 +56,16 @@ GRID: dict[str, tuple[str, ...]] = {  # one template for all budgets, or a setti
     "elastic": ("ratio={s}", "ratio={s},text=true"),
     "vlcache": ("ratio={s}",),
     "lookm": ("ratio={s}",),
-    "scope": ("budget={k},window=16",),
-    "think": ("ratio={s}", "ratio={s},budget={k}"),
+    "scope": ("budget={k},window=16,answer=128,recent=64",),
+    "think": ("ratio={s}", "ratio=0.6,budget={k},window=16"),
     "zipvl-quant": ("tau=0.5", "tau=0.8", "tau=0.975"),
     "zipcache": (),
     "kivi": ("kv_bits=2", "kv_bits=4", "kv_bits=8"),
     # a full cache, of which each step reads a part
     "tidal": ("budget={k}",),
-    "attnpred_last": ("budget={k}",),
-}
+    "attnpred_last": ("budget={f},sinks=16,local=16",),
+}  # fmt: skip
+SEES = ("hired", "visionzip_like", "vidcom2_like", "anchor_like")  # need pictures, not words
 COLUMNS = {
     "method": "method", "samples": "questions", "accuracy": "right, % (95 %)",
     "change": "change from dense (95 %)", "list": "lists right", "count": "counts right",
@@ -86,7 +90,7 @@ def methods(tokens: int) -> list[str]:
 
 def budget(share: float, tokens: int) -> dict[str, Any]:
     k = round(share * tokens)
-    return {"s": share, "k": k, "h": k // 2, "w": k - 4}
+    return {"s": share, "k": k, "h": k // 2, "w": k - 4, "f": max(48, k)}
 
 
 def run(job: Job) -> None:
@@ -120,8 +124,7 @@ def run_text(job: Job) -> None:
     """Windows of a batch are decoded together, each as if it were alone."""
     [tokens, *_] = job.tokens
     engine = job.engine
-    size = tokens + ANSWER - 128  # windows() adds 128 tokens to each prompt
-    some = windows(engine, size, job.samples, job.seed)
+    some = windows(engine, tokens, job.samples, job.seed, ANSWER)
     work = dense_work(engine.config.text, tokens, ends=True)
 
     def measure(ready: list[torch.Tensor], method: str) -> list[Record]:
@@ -132,7 +135,8 @@ def run_text(job: Job) -> None:
             for b in range(len(ready))
         ]  # fmt: skip
 
-    chosen = list(dict.fromkeys(("dense", *(job.methods or methods(tokens)))))
+    grid = [m for m in methods(tokens) if not m.startswith(SEES)]
+    chosen = list(dict.fromkeys(("dense", *(job.methods or grid))))
     units = [str(i) for i in range(len(some))]
     found = job.records(
         units, chosen, lambda them: [some[int(u)] for u in them], measure, job.samples

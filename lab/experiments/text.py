@@ -28,13 +28,14 @@ from .runner import Job, Record, policy
 TAIL = 128
 
 
-def windows(engine: Engine, tokens: int, samples: int, seed: int) -> list[Tensor]:
-    """`samples` windows of token ids [tokens + TAIL], without overlap, in a seeded order.
+def windows(engine: Engine, tokens: int, samples: int, seed: int,
+            tail: int = TAIL) -> list[Tensor]:  # fmt: skip
+    """`samples` windows of token ids [tokens + tail], without overlap, in a seeded order.
 
     Raises UsageError when the text is too short for so many.
     """
     ids = engine.chat.encode("\n\n".join(topics[name] for name in sorted(topics)))
-    size = tokens + TAIL
+    size = tokens + tail
     found = torch.tensor(ids)[: len(ids) // size * size].unflatten(0, (-1, size))
     if len(found) < samples:
         raise UsageError(f"the text has {len(found)} windows of {size} tokens: lower --samples")

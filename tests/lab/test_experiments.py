@@ -21,6 +21,7 @@ from lab.experiments import (
     ideas,
     methods,
     probe_study,
+    rivals,
     stale,
     stats,
     stays,
@@ -37,7 +38,7 @@ from zipvl.errors import UsageError
 from zipvl.model.attention import logit_blocks, probe_mass
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
-from zipvl.policies import METHODS, load_policy
+from zipvl.policies import METHODS
 from zipvl.policies.zipvl import ZipVL
 from zipvl.policy import Notes, Policy, View
 from zipvl.testing import check_policy
@@ -451,6 +452,8 @@ def test_a_text_prompt_has_a_film_and_a_question(engine: Engine) -> None:
 FEW = {  # instead of the experiment's own methods
     "fill": "zipvl:tau=0.9,zipvl+:tau=0.9,ideas.py:HeadMax:tau=0.9",
     "methods": "zipvl:tau=0.9,zipvl+:tau=0.9,kv_bits=4,examples/tova.py:TOVA:budget=8",
+    "rivals": "controls.py:RandomCache:ratio=0.5,hired:ratio=0.5,elastic:ratio=0.5,text=true,tidal",
+    "text_rivals": "controls.py:RandomCache:ratio=0.5,sgl:ratio=0.5,h2o:heavy=4,recent=4,tidal:budget=9",
     "stale": "zipvl-stream:tau=0.5",
     "text_tau": "zipvl:always=last,tau=0.8,zipvl+:always=last,tau=0.8",
     "text_methods": "zipvl:tau=0.975,zipvl-stream,controls.py:Schedule:kept=1/0.8/0.6/0.5/0.5,by=last",
@@ -464,9 +467,10 @@ def test_every_method_of_the_side_by_side_exists() -> None:
     for m in (*methods.TEXT_METHODS, *methods.controls([1.0, 0.5, 0.3], 3),
               *summary.methods(summary.BUDGETS, 8)):  # fmt: skip
         policy(m)
-    assert {type(load_policy(m)).__name__ for m in METHODS} <= {type(p).__name__ for p in named} | {
-        "Dense"
-    }
+    for tokens in (265, 512, 4106):
+        named += [policy(m) for m in rivals.methods(tokens)]
+    names = {type(p).__name__ for p in named} | {"AttnPredReimpl"}  # needs a file of weights
+    assert {kind.__name__ for kind in METHODS.values()} <= names
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -479,6 +483,8 @@ def test_commands_run(
 ) -> None:
     """And, of each kind of data, the same seed gives the same JSON."""
     monkeypatch.setattr(clips, "ANSWER", 3 if name == "summary" else 1)
+    monkeypatch.setattr(rivals, "ANSWER", 6)
+    monkeypatch.setattr(rivals, "QUESTION", 8)
     args = [
         name,
         "-m",

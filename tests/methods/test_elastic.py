@@ -51,7 +51,7 @@ def merged(x: np.ndarray, anchors: list[int], always: set[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("ratio", [0.01, 0.07, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("ratio", [0.01, 0.07, 0.4, 1.0])
 @pytest.mark.parametrize("text", [False, True])
 def test_anchors_are_means_of_their_buckets(
     ratio: float, groups: int, seed: int, text: bool

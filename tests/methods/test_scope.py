@@ -83,14 +83,14 @@ class Spy(SCOPE):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("groups", "seed"), [(1, 0), (2, 1), (2, 6), (4, 2)])
+@pytest.mark.parametrize(("groups", "seed"), [(1, 0), (2, 1), (4, 2)])
 @pytest.mark.parametrize(
     ("answer", "recent", "delta"), [(5, 2, 4), (1, 1, 1), (6, 6, 5), (9, 1, 3), (40, 30, 7)]
 )
 def test_what_stays_step_by_step(
     strategy: str, groups: int, seed: int, answer: int, recent: int, delta: int
 ) -> None:
-    toy, steps, G = Toy.build(4, groups, seed), 24, groups
+    toy, steps, G = Toy.build(4, groups, seed, layers=2), 24, groups
     for T in (50, 12, 5):  # more than the budget, as much, less
         options = {"answer": answer, "recent": recent, "strategy": strategy, "delta": delta}
         spy = Spy(budget=12, window=4, kernel=1, **options)
@@ -98,12 +98,12 @@ def test_what_stays_step_by_step(
         held = [len(mine[0]) for mine in spy.answers.values()]
         assert [c.spans.lengths for c in got.caches] == [[min(T, 12) + n] for n in held]
         if strategy == "slide":
-            assert held == [min(answer, steps)] * 3
-            assert spy.gone == 3 * G * max(0, steps - answer)
+            assert held == [min(answer, steps)] * 2
+            assert spy.gone == 2 * G * max(0, steps - answer)
         # places: as many as were ever needed at a time
         room = {"slide": answer + 1, "adaptive": recent + (steps - 1) // delta + 1,
                 "discontinuous": recent + (steps - 1) // delta + delta}[strategy]  # fmt: skip
-        assert got.bytes == [2 * (min(T, 12) + min(room, steps)) * G * 8 * 4] * 3
+        assert got.bytes == [2 * (min(T, 12) + min(room, steps)) * G * 8 * 4] * 2
         assert spy.most_held <= min(room, steps)
         assert spy.most_held == min(room, steps) or strategy == "discontinuous"
 

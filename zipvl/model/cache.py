@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..policy import Plan, Storage, moved, select
+from ..policy import Plan, Storage, select
 from .batch import Spans
 
 
@@ -171,6 +171,20 @@ class LayerCache:
 def store_as(storage: Storage | None, room: int) -> Store:
     """What builds the caches of one prefill as a method stores them, with `room` for new tokens."""
     return partial(LayerCache, room=room) if storage is None else storage.store(room)
+
+
+def moved(x: Tensor, leave: Tensor) -> Tensor:
+    """What a cache does with x [G, n, ...], here of its n slots, when the slots `leave` [E] or
+    [G, E] are let go: of the last E slots, those that stay take the free places in order. Returns
+    [G, n - E, ...], a view of x, whose memory is overwritten: nothing else moves."""
+    G, n, E = len(x), x.shape[1], leave.shape[-1]
+    leave, tail = leave.expand(G, E), torch.arange(n - E, n, device=x.device)
+    goes = torch.zeros(G, n, dtype=torch.bool, device=x.device).scatter_(1, leave, True)
+    source = torch.where(goes[:, n - E :], n, tail).sort(dim=1).values  # as many as free places, n
+    source = torch.where(source < n, source, leave)  # who leaves from the tail is read by itself
+    heads = torch.arange(G, device=x.device)[:, None]
+    x[heads, leave] = x[heads, source]
+    return x[:, : n - E]
 
 
 def joined(x: Tensor, into: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..policy import Policy, sound
+from .anchor_like import AnchorLike
 from .attnpred import AttnPredLast
 from .attnpred_cnn import AttnPredReimpl
 from .elastic import Elastic
@@ -18,11 +19,11 @@ from .hired import HiRED
 from .keyformer import Keyformer
 from .kivi import KIVI
 from .lookm import LookM
+from .minference_ref import MInferenceRef
 from .prefixkv import PrefixKV
 from .pyramiddrop import PyramidDrop
 from .scope import SCOPE
 from .sgl import SGL
-from .minference_ref import MInferenceRef
 from .snapkv import SnapKV
 from .sparsevlm import SparseVLM
 from .stream import ZipVLStream
@@ -45,33 +46,40 @@ METHODS: dict[str, type[Policy]] = {
     "zipvl": ZipVL,
     "zipvl+": ZipVLPlus,
     "zipvl-stream": ZipVLStream,
+    "zipvl-quant": ZipVLQuant,
     "fixed": Fixed,
     "random": Random,
-    "fastv": FastV,
-    "streaming": StreamingLLM,
-    "h2o": H2O,
-    "keyformer": Keyformer,
-    "elastic": Elastic,
-    "lookm": LookM,
-    "scope": SCOPE,
-    "tidal": TidalDecode,
-    "snapkv": SnapKV,
-    "zipvl-quant": ZipVLQuant,
-    "zipcache": ZipCache,
-    "kivi": KIVI,
-    "pyramiddrop": PyramidDrop,
-    "prefixkv": PrefixKV,
-    "vlcache": VLCache,
-    "sgl": SGL,
-    "think": ThinK,
-    "attnpred_last": AttnPredLast,
-    "attnpred_reimpl": AttnPredReimpl,
+    # before layer 0
     "hired": HiRED,
     "visionzip_like": VisionZipLike,
     "vidcom2_like": VidCom2Like,
+    # behind some layer
+    "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
     "sparsevlm": SparseVLM,
+    "sgl": SGL,
+    # the pairs of a prefill
     "minference_ref": MInferenceRef,
     "flexprefill_ref": FlexPrefillRef,
+    "anchor_like": AnchorLike,
+    # what a cache keeps
+    "streaming": StreamingLLM,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "keyformer": Keyformer,
+    "prefixkv": PrefixKV,
+    "elastic": Elastic,
+    "vlcache": VLCache,
+    "lookm": LookM,
+    "scope": SCOPE,
+    # in fewer bits or channels
+    "zipcache": ZipCache,
+    "kivi": KIVI,
+    "think": ThinK,
+    # what a step reads
+    "tidal": TidalDecode,
+    "attnpred_last": AttnPredLast,
+    "attnpred_reimpl": AttnPredReimpl,
 }
 FLAGS = {"ratio": " (--keep-ratio)", "kv_bits": " (--kv-bits)", "random": " (--probe)"}
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..policy import Plan, Policy, StepView, View, check, moved
+from ..model.cache import moved
+from ..policy import Plan, Policy, StepView, View, check
 
 
 @dataclass(repr=False)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..policy import Plan, Policy, StepView, View, check, moved
+from ..model.cache import moved
+from ..policy import Plan, Policy, StepView, View, check
 
 
 @dataclass(repr=False)

@@ -41,8 +41,8 @@ class VisionZipLike(Policy):
         kept = ~prompt.is_visual
         kept[-1:] = True  # makes the first answer token, were it visual
         for tokens in (crop for crops in prompt.crops() for crop in crops):
-            order = received[tokens].argsort(descending=True)
-            best, rest = tokens[order[: self.dominant]], tokens[order[self.dominant :].sort().values]
+            order = tokens[received[tokens].argsort(descending=True)]
+            best, rest = order[: self.dominant], order[self.dominant :].sort().values
             stride = max(1, len(rest) // max(1, self.contextual))
             chosen = torch.arange(0, len(rest), stride, device=x.device)[: self.contextual]
             if len(chosen):
