@@ -24,6 +24,7 @@ from zipvl.model.decoder import trim
 from zipvl.policies import METHODS, load_policy
 from zipvl.policy import Logits, Notes, Policy, View, ask
 
+from ..raw import rounded
 from .memory import ROOT
 from .model import QUESTION, Model
 from .timing import Factory, Row, interleaved, spread, timed
@@ -190,12 +191,12 @@ def bench_methods(model: Model, args: argparse.Namespace) -> list[Row]:
             spent[part] = {name: [one[part] for one in mine] for name, mine in laps.items()}
         for name in runs:
             last, parts = laps[name][-1], {part: both[name] for part, both in spent.items()}
-            rows.append({
+            rows.append(rounded({
                 "bench": "methods", "tokens": tokens, "batch": 1, "run": name,
                 "seconds": parts.pop("step"), "steps": args.new, **parts,
                 "slots": last.slots, "kv_bytes": last.kv_bytes,
                 "times_dense": {part: times(spent[part], name) for part in ("attention", "step")},
-            })  # fmt: skip
+            }))  # fmt: skip
     return rows
 
 
