@@ -1,6 +1,6 @@
 """The tables of methods in README.md and docs/methods.md, from the catalogue and what was measured.
 
-    python -m lab.catalogue     writes both; a test compares them
+python -m lab.catalogue     writes both; a test compares them
 """
 
 import json
@@ -11,14 +11,23 @@ from typing import Any
 
 from zipvl.policies import GROUPS, METHODS
 
-from .experiments.rivals import BUDGETS, GRID, budget
+from .experiments.rivals import BUDGETS, GRID, budget, label
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "lab/results/methods"
-HEAD = re.compile(r"^(?P<name>.+?) \(arXiv (?P<paper>\d{4}\.\d{5})\): (?P<what>.*?)(?:\.\s|\.?$)", re.S)
+HEAD = re.compile(
+    r"^(?P<name>.+?) \(arXiv (?P<paper>\d{4}\.\d{5})\): (?P<what>.*?)(?:\.\s|\.?$)", re.S
+)
 README = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.S)
 PAGE = re.compile(r"(<!-- figures: (?P<group>[^>]+?) -->\n).*?(<!-- /figures -->)", re.S)
 WHEN = {
+    "dense": "What all others are held against.",
+    "zipvl": "To reproduce the paper, and where attention is most of the work.",
+    "zipvl-stream": "Long films: all work and all bytes shrink.",
+    "zipvl+": "As zipvl where its losses matter: the missing outputs are what costs it most.",
+    "zipvl-quant": "The paper's version 1: bytes at zipvl's prefill.",
+    "fixed": "The paper's ablation; a known cost.",
+    "random": "What any score must beat.",
     "hired": "Pictures cut into tiles, on a model whose tower has a class token.",
     "visionzip_like": "A fixed number of tokens a picture, whatever is asked.",
     "vidcom2_like": "Films of any length: it needs neither pixels nor attention.",
@@ -31,8 +40,8 @@ WHEN = {
     "anchor_like": "To see what lines alone carry in a model that was not trained to use them.",
     "streaming": "The floor that any choice must beat, and endless text.",
     "h2o": "Long answers from a fixed cache, at the price of all rows' scores.",
-    "snapkv": "The first choice where the prefill is fast enough and the cache is not small enough.",
-    "keyformer": "H2O where early favourites crowd the cache; noise makes answers depend on a seed.",
+    "snapkv": "The first choice where prefills are fast enough and caches too large.",
+    "keyformer": "H2O where early favourites crowd the cache; its answers depend on a seed.",
     "prefixkv": "One budget for all layers together; `text=true` unless the letter is wanted.",
     "elastic": "As PrefixKV with merging in place of unequal layers; `text=true` as well.",
     "vlcache": "Pictures before a question: budgets by layer from the question's rows alone.",
@@ -47,6 +56,12 @@ WHEN = {
 }
 
 
+CONTROLS = {
+    "controls.py:Schedule": "random tokens leave for good",
+    "controls.py:RandomCache": "random tokens stay cached",
+}
+
+
 def told(name: str) -> tuple[str, str]:
     """The number of a method's paper ("" for ours) and what it does, from its docstring."""
     kind = METHODS[name]
@@ -54,7 +69,7 @@ def told(name: str) -> tuple[str, str]:
     if kind in GROUPS[next(iter(GROUPS))].values():
         return "", (kind.__doc__ or "").splitlines()[0].rstrip(".")
     found = HEAD.match(text.replace("\n", " "))
-    assert found, name
+    assert found, f"{kind.__module__}: begin the docstring with NAME (arXiv NUMBER): what it does."
     return found["paper"], found["what"]
 
 
@@ -95,12 +110,13 @@ def figures(names: list[str]) -> str:
     clips, text = measured("clips"), measured("text")
     head = "| method | settings | lists and counts right, % | prefill work, % | cache, % "
     lines = [head + "| text: nats lost | cache, % |", "|---" * 7 + "|"]
-    for name in names:
+    for name in dict.fromkeys(("dense", *names, *CONTROLS)):
         for some, words in zip(settings(name, 265), settings(name, 512), strict=True):
-            seen = [clips[m] for m in some if m in clips]
-            read = [text[m] for m in words if m in text]
+            seen = [clips[label(m)] for m in some if label(m) in clips]
+            read = [text[label(m)] for m in words if label(m) in text]
+            shown = [m.removeprefix(name).removeprefix(":") for m in some]
             cells = [
-                f"`{name}`", ", ".join(m.partition(":")[2] for m in some),
+                CONTROLS.get(name, f"`{name}`"), between(shown),
                 across(seen, lambda r: f"{100 * r['accuracy']['value']:.0f}"),
                 across(seen, lambda r: f"{100 * r['prefill']:.0f}"),
                 across(seen, lambda r: f"{100 * r['kv_bytes']:.0f}"),
@@ -111,8 +127,20 @@ def figures(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def between(shown: list[str]) -> str:
+    """Settings that differ in one number, as `ratio=0.1 / 0.2 / 0.4`."""
+    if len(shown) < 2:
+        return f"`{shown[0]}`" if shown[0] else ""
+    parts = [re.split(r"(?<==)([^,=]+)", one) for one in shown]
+    if len({len(part) for part in parts}) > 1:
+        return " / ".join(f"`{one}`" for one in shown)
+    columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
+    return f"`{''.join('/'.join(column) for column in columns)}`"
+
+
 def described(names: list[str]) -> str:
-    rows = [f"| {link(name)} | {told(name)[1]}. {WHEN.get(name, '')} |" for name in names]
+    what = {name: told(name)[1] for name in names}
+    rows = [f"| {link(n)} | {what[n][0].upper()}{what[n][1:]}. {WHEN[n]} |" for n in names]
     return "\n".join(["| method | what it does; when |", "|---|---|", *rows]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""AttentionPredictor with its network (arXiv 2502.04077), trained on rows of one's own model.
+"""AttentionPredictor (arXiv 2502.04077): the same with its network, trained on one's own rows.
 
 Phase: decoding, fetch; all but what foretells the next row is as in attnpred.py.
 What leaves: nothing, the cache stays whole and reads shrink.

@@ -6,8 +6,8 @@ all tokens. `ratio` is the share KEPT, 1 - R of the paper. Text stays, original 
   drop   the others leave the stream, so every later layer and its cache are smaller
   mask   the others stay, but later layers hide their keys: equal for the kept tokens, no faster
 Phase: prefill behind layer `after`, and the caches there. What leaves: visual tokens.
-Source: the authors' code. Deviations: in `mask` the set is chosen once, the authors' ablation script chose again for each new
-token; a visual mask instead of one stretch, so that several pictures and videos work.
+Source: the authors' code. Deviations: in `mask` the set is chosen once, the ablation script chose
+again for each new token; a visual mask instead of one stretch, so that several media work.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,8 @@ until `residual` of them are there and are then quantised together; the newest `
 always are in full precision, so while decoding one value is quantised for each new one.
 The authors advise 4 bits for models whose query heads share key/value heads.
 Phase: the cache, behind a dense prefill and while decoding. What leaves: bits, no token.
-Source: paper and code. Deviation: a group of equal numbers comes back as it was (their code divides by zero).
+Source: paper and code. Deviation: a group of equal numbers comes back as it was (their code divides
+by zero).
 """
 
 from dataclasses import dataclass

@@ -3,8 +3,9 @@
 Prefill is dense; the cache holds sinks and window, and while decoding the window's oldest token
 leaves for each new one. No scores.
 Phase: the cache, behind a dense prefill and at each decode step. What leaves: the middle.
-Source: paper and code. Deviation: keys are cached after RoPE at original positions, as KVCache-Factory and kvpress do. The
-authors rotate at every step by places inside the cache, which matters beyond the trained context.
+Source: paper and code. Deviation: keys are cached after RoPE at original positions, as
+KVCache-Factory and kvpress do. The authors rotate at every step by places inside the cache, which
+matters beyond the trained context.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""VL-Cache (arXiv 2410.23317), a reimplementation: what a layer caches follows from how sparse the
-question's attention is in it.
+"""VL-Cache (arXiv 2410.23317): what a layer caches follows from how sparse the question's
+attention is in it. A reimplementation, as no code is published.
 
 Rows behind the last visual token score: column sums, mean over heads. A layer's density is the
 share of what these rows can see that receives 1 % or more of its row's largest, mean over heads;

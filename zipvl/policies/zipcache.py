@@ -4,10 +4,10 @@ Prefill is dense and nothing is dropped. Salient tokens are the best by attentio
 number of probe rows that can see them; probes are the most recent `probes` of the prompt and as
 many random rows. While decoding, after every `interval` new tokens the newest query sorts these.
 Phase: the cache, behind a dense prefill and while decoding. What leaves: bits, no token.
-Source: the authors' code. Deviations: one set for all key/value heads, as their tokenwise steps span
-the heads; mass is divided by the count of probe rows, as their text says, not of all rows; a token
-is quantised once, where theirs turns the whole cache back and quantises it again each time; no
-random row is drawn twice.
+Source: the authors' code. Deviations: one set for all key/value heads, as their tokenwise steps
+span the heads; mass is divided by the count of probe rows, as their text says, not of all rows; a
+token is quantised once, where theirs turns the whole cache back and quantises it again each time;
+no random row is drawn twice.
 """
 
 from dataclasses import dataclass
