@@ -116,7 +116,8 @@ def figures(names: list[str]) -> str:
             read = [text[label(m)] for m in words if label(m) in text]
             shown = [m.removeprefix(name).removeprefix(":") for m in some]
             cells = [
-                CONTROLS.get(name, f"`{name}`"), between(shown),
+                CONTROLS.get(name, f"`{name}`"),
+                " / ".join(f"{s:.0%}" for s in BUDGETS) if name in CONTROLS else between(shown),
                 across(seen, lambda r: f"{100 * r['accuracy']['value']:.0f}"),
                 across(seen, lambda r: f"{100 * r['prefill']:.0f}"),
                 across(seen, lambda r: f"{100 * r['kv_bytes']:.0f}"),

@@ -138,7 +138,7 @@ def methods() -> dict[str, str]:
     files = sorted(Path(__file__).with_name("policies").glob("*.py"))
     text = "\n".join(file.read_text(encoding="utf-8") for file in files)
     says = dict(re.findall(r'^class (\w+)\(\w+\):\n    """(.*?)(?:""")?$', text, re.M))
-    return {name: says[kind] for name, kind in re.findall(r'^    "(.+)": (\w+),$', text, re.M)}
+    return {name: says[kind] for name, kind in re.findall(r'^ {8}"(.+)": (\w+),$', text, re.M)}
 
 
 def split_methods(text: str) -> list[str]:
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.parse_args(argv, a)
             a.argv = sys.argv[1:] if argv is None else argv
             if a.list_methods:
-                print("\n".join(f"{name:<13}{text}" for name, text in methods().items()))
+                print("\n".join(f"{name:<17}{text}" for name, text in methods().items()))
                 return 0
             check(a, parser)
             import_module("zipvl.engine.load")
