@@ -128,3 +128,10 @@ def test_its_errors_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         assert says in said
         assert said.count("\n") == 1
     assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_the_file_that_is_there_beats_the_last_row() -> None:
+    file = Path(attnpred.__file__).parent / "results/methods/attnpred.safetensors"
+    load_policy("attnpred_reimpl", weights=str(file))
+    log = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    assert log["network"]["error"] < log["ema"]["error"] < log["last"]["error"]
