@@ -86,11 +86,11 @@ def readme() -> str:
     return "\n".join(["| name | what it does |", "|---|---|", *rows]) + "\n"
 
 
-def measured(kind: str) -> dict[str, Any]:
-    """Rows of a side-by-side by method."""
-    path = MEASURED / kind / "result.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return {row["method"]: row for row in rows}
+def measured(kind: str) -> tuple[int, dict[str, Any]]:
+    """Tokens of the prompt, and the rows of a side-by-side by method."""
+    result = json.loads((MEASURED / kind / "result.json").read_text(encoding="utf-8"))
+    tokens = result.get("prompt", result["settings"]["tokens"][0])
+    return tokens, {row["method"]: row for row in result["rows"]}
 
 
 def settings(name: str, tokens: int) -> list[list[str]]:
@@ -107,13 +107,13 @@ def settings(name: str, tokens: int) -> list[list[str]]:
 
 def figures(names: list[str]) -> str:
     """A row for each template of each method: three settings side by side."""
-    clips, text = measured("clips"), measured("text")
+    (length, clips), (words, text) = measured("clips"), measured("text")
     head = "| method | settings | lists and counts right, % | prefill work, % | cache, % "
     lines = [head + "| text: nats lost | cache, % |", "|---" * 7 + "|"]
     for name in dict.fromkeys(("dense", *names, *CONTROLS)):
-        for some, words in zip(settings(name, 265), settings(name, 512), strict=True):
+        for some, other in zip(settings(name, length), settings(name, words), strict=True):
             seen = [clips[label(m)] for m in some if label(m) in clips]
-            read = [text[label(m)] for m in words if label(m) in text]
+            read = [text[label(m)] for m in other if label(m) in text]
             shown = [m.removeprefix(name).removeprefix(":") for m in some]
             cells = [
                 CONTROLS.get(name, f"`{name}`"),
@@ -133,9 +133,10 @@ def between(shown: list[str]) -> str:
     if len(shown) < 2:
         return f"`{shown[0]}`" if shown[0] else ""
     parts = [re.split(r"(?<==)([^,=]+)", one) for one in shown]
-    if len({len(part) for part in parts}) > 1:
-        return " / ".join(f"`{one}`" for one in shown)
-    columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
+    columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=False)]
+    whole = all(len(column) in (1, len(shown)) for column in columns)
+    if not whole or len({len(part) for part in parts}) > 1 or "/" in shown[0]:
+        return ", ".join(f"`{one}`" for one in shown)
     return f"`{''.join('/'.join(column) for column in columns)}`"
 
 

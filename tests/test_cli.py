@@ -493,7 +493,10 @@ QUICK = [  # seen before torch is imported; the answer's own door says the same
     (["--reader", "opencv"], "unknown reader 'opencv': give pyav or decord"),
     (["--method", "zipfl:tau=3"], "unknown method 'zipfl': use one of dense, zipvl, zipvl-stream"),
     (["--method", "gone.py:X"], "method file gone.py does not exist: check the path"),
-    (["--compare", "dense,zipfl:tau=3"], "unknown method 'zipfl': use one of dense, zipvl, zipvl-stream"),
+    (
+        ["--compare", "dense,zipfl:tau=3"],
+        "unknown method 'zipfl': use one of dense, zipvl, zipvl-stream",
+    ),
     (["--compare", "gone.py:X,dense"], "method file gone.py does not exist: check the path"),
     (["--compare", "dense,"], "unknown method ''"),
     (["-v", "gone.mp4"], "gone.mp4 does not exist: check the path"),

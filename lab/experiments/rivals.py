@@ -190,7 +190,7 @@ def figure(job: Job, table: list[Record], measure: str, scale: float, what: str)
     """Left who saves work in the prefill, against that; right who saves bytes, against them."""
     names = list(GRID)
     early = {label(name) for name in names[: names.index("controls.py:RandomCache")]}
-    dense, *rows = table
+    dense, *rows = (r | {"method": curve(r["method"])} for r in table)
     some = [r for r in rows if r["method"].partition(":")[0] in early]
     rest = [r for r in rows if r["method"].partition(":")[0] not in early]
     with draw.panels(1, 2, 7.2, 4.6) as (fig, axes):
@@ -203,6 +203,17 @@ def figure(job: Job, table: list[Record], measure: str, scale: float, what: str)
             one.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
         fig.suptitle(f"side by side ({job.settings()['model']} model, {job.samples} samples)")
         fig.savefig(job.out / "figure.png")
+
+
+def curve(method: str) -> str:
+    """With its variant in front of the colon: settings that are no points of one curve."""
+    for mark, name in (
+        ("text=true", " text"),
+        ("ema=", " mean"),
+        ("ratio=0.6,budget", " + snapkv"),
+    ):
+        method = method.replace(":", f"{name}:", 1) if mark in method else method
+    return method
 
 
 def label(method: str) -> str:

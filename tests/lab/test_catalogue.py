@@ -27,5 +27,6 @@ def test_each_method_says_what_and_when() -> None:
 def test_settings_side_by_side() -> None:
     assert between(["ratio=0.1,text=true", "ratio=0.2,text=true"]) == "`ratio=0.1/0.2,text=true`"
     assert between(["a=1,b=2", "a=1,b=3"]) == "`a=1,b=2/3`"
-    assert between(["a=1", "a=1,b=3"]) == "`a=1` / `a=1,b=3`"
+    assert between(["a=1", "a=1,b=3"]) == "`a=1`, `a=1,b=3`"
+    assert between(["a=1,b=0", "a=1,b=1", "a=2,b=1"]) == "`a=1,b=0`, `a=1,b=1`, `a=2,b=1`"
     assert between([""]) == ""
