@@ -41,7 +41,7 @@ from .raw import rounded, write_json
 ANSWER = 32  # new tokens at most
 ENDS = 1  # blocks at either end that do not count
 HEADS, BATCH = 16, 4  # histories of one step of an answer, and such steps, that one update sees
-RATE = 2e-3
+RATE = 4e-3
 MEANS = (0.5, 0.2, 0.1, 0.05, 0.02)  # weights of the newest row: the best one is compared
 Foretell = Callable[[Tensor], Tensor]  # histories [N, ROWS, blocks] -> rows [N, blocks]
 
@@ -101,6 +101,11 @@ def train(answers: list[Answer], steps: int, seed: int) -> tuple[dict[str, Tenso
         layers = {"conv1": nn.Conv2d(1, 16, 3), "conv2": nn.Conv2d(16, 32, 3),
                   "conv3": nn.Conv1d(32, 1, 1)}  # fmt: skip
         network = dict(nn.ModuleDict(layers).named_parameters())
+    size = torch.cat([one.rows.square().mean(dim=(1, 2)) for one in answers]).mean().sqrt().item()
+    with torch.no_grad():  # numbers far below 1 come in and go out: begin as if they were near it
+        network["conv1.weight"].div_(size)
+        network["conv3.weight"].mul_(size)
+        network["conv3.bias"].mul_(size)
     chance = torch.Generator().manual_seed(seed)
     draw = lambda n: int(torch.randint(n, (), generator=chance))
     optimiser = torch.optim.Adam(network.values(), lr=RATE, eps=1e-12)
@@ -155,7 +160,7 @@ def parse(argv: list[str] | None) -> Any:
         help="frames of a clip, comma between (default: %(default)s)")  # fmt: skip
     add("--prompts", type=count, default=40, help="of a frame count, to learn from (default 40)")
     add("--held", type=count, default=10, help="of a frame count, to be held out (default 10)")
-    add("--steps", type=count, default=2000, help="updates of the network (default 2000)")
+    add("--steps", type=count, default=1500, help="updates of the network (default 1500)")
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     return parser.parse_args(argv)
@@ -163,8 +168,10 @@ def parse(argv: list[str] | None) -> Any:
 
 def work(argv: list[str] | None) -> None:
     a = parse(argv)
-    if a.out.suffix != ".safetensors" or a.out.is_dir():  # the log takes the name with .json
-        raise UsageError(f"--out is {str(a.out)!r}: name a file, something.safetensors")
+    if a.out.is_dir():
+        raise UsageError(f"--out {a.out} is a folder: name a file")
+    if a.out.suffix == ".json":
+        raise UsageError(f"--out {a.out} is where the log goes: name a file, x.safetensors")
     if not 0 <= a.seed < MAX_WHOLE:
         raise UsageError(f"--seed is {a.seed}: give a whole number from 0 on, below 2^53")
     began = time.time()

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 import zipvl
-from tests.methods.foretold import NEEDS
+from tests.methods.untrained import NEEDS
 from zipvl.errors import UsageError
 from zipvl.model.batch import Batch
 from zipvl.model.cache import Kept, LayerCache

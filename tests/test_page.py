@@ -18,7 +18,7 @@ from PIL import Image
 
 import zipvl
 from lab.shot import browser, opened
-from tests.methods.foretold import NEEDS
+from tests.methods.untrained import NEEDS
 from zipvl import cli, page
 from zipvl.engine.engine import Engine, Result
 from zipvl.engine.inputs import Inputs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import zipvl
-from tests.methods.foretold import WEIGHTS
+from tests.methods.untrained import WEIGHTS
 from zipvl import ModelError
 from zipvl.policies import METHODS, load_policy
 from zipvl.policies.fastv import FastV

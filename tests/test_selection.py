@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.methods.foretold import NEEDS
+from tests.methods.untrained import NEEDS
 from zipvl import Plan, Policy, UsageError, View, load_policy
 from zipvl.model.attention import logit_blocks, probe_mass
 from zipvl.policies import METHODS
@@ -231,7 +231,7 @@ def test_options_from_string_and_arguments() -> None:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("zipvll", "unknown method 'zipvll': use one of dense, zipvl, zipvl-stream"),
+        ("zipvll", "unknown method 'zipvll': use one of dense, zipvl, zipvl-stream, zipvl+"),
         ("", "unknown method"),
         ("zipvl:tua=0.9", "no option 'tua': it takes tau=0.975"),
         ("zipvl:tau", "option=value"),

@@ -30,7 +30,7 @@ def test_results_are_small() -> None:
     assert sum(sizes.values()) <= TOTAL
     large = {name: size for name, size in sizes.items() if size > LARGEST}
     assert not large, f"{large}: python -m lab.palette makes figures smaller"
-    assert {p.suffix for p in FILES} == {".json", ".jsonl", ".md", ".png"}
+    assert {p.suffix for p in FILES} == {".json", ".jsonl", ".md", ".png", ".safetensors"}
 
 
 def test_pages_and_results_agree() -> None:
