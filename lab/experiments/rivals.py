@@ -15,14 +15,15 @@ from zipvl.engine.inputs import Inputs, Media
 from zipvl.engine.stats import dense_work
 from zipvl.policy import Policy
 
-from . import clips, stats
-from .methods import figure
+from . import clips, draw, stats
+from .methods import scatter
 from .runner import Job, Record, policy
 from .text import windows
 
 BUDGETS = (0.1, 0.2, 0.4)  # s of a prompt's n tokens are k; h half of them
 KINDS = ("list", "count")
 ANSWER, QUESTION = 256, 32  # tokens of text decoded; of its prompt, the last ones count as text
+NETWORK = "lab/results/methods/attnpred.safetensors"  # trained on the demo model
 GRID: dict[str, tuple[str, ...]] = {  # templates for all budgets, or a setting for each
     "dense": (),
     # fewer tokens, or pairs of them, in the prefill
@@ -63,9 +64,10 @@ GRID: dict[str, tuple[str, ...]] = {  # templates for all budgets, or a setting 
     "kivi": ("kv_bits=2", "kv_bits=4", "kv_bits=8"),
     # a full cache, of which each step reads a part
     "tidal": ("budget={k}",),
-    "attnpred_last": ("budget={f},sinks=16,local=16",),
+    "attnpred_last": ("budget={f},sinks=16,local=16", "budget={f},sinks=16,local=16,ema=0.2"),
+    "attnpred_reimpl": (f"budget={{f}},sinks=16,local=16,weights={NETWORK}",),
 }  # fmt: skip
-SEES = ("hired", "visionzip_like", "vidcom2_like", "anchor_like")  # need pictures, not words
+SEES = ("hired", "visionzip_like", "vidcom2_like", "anchor_like", "attnpred_reimpl")  # need clips
 COLUMNS = {
     "method": "method", "samples": "questions", "accuracy": "right, % (95 %)",
     "change": "change from dense (95 %)", "list": "lists right", "count": "counts right",
@@ -117,7 +119,7 @@ def run(job: Job) -> None:
             "kv_bytes": clips.average(some, "kv_bytes") / clips.average(base, "kv_bytes"),
         })  # fmt: skip
     job.finish(table, COLUMNS, prompt=tokens, answer=clips.ANSWER)
-    figure(job, {f"{frames} frames": table}, "accuracy", "right, % (95 %)", 100, "side by side")
+    figure(job, table, "accuracy", 100, f"lists and counts right of {frames} frames, % (95 %)")
 
 
 def run_text(job: Job) -> None:
@@ -151,8 +153,7 @@ def run_text(job: Job) -> None:
     } for method, rows in groups.items()]  # fmt: skip
     job.finish(table, TEXT_COLUMNS, answer=ANSWER, question=QUESTION,
                dense_loss=clips.average(groups["dense"], "loss"))  # fmt: skip
-    what = f"{tokens} tokens of prompt, loss on {ANSWER} decoded ones"
-    figure(job, {what: table}, "extra", "extra loss, nats a token (95 %)", 1, "text, side by side")
+    figure(job, table, "extra", 1, f"extra loss of {ANSWER} decoded tokens, nats (95 %)")
 
 
 @torch.inference_mode()
@@ -183,6 +184,25 @@ def forced(
         raise FloatingPointError(f"{method} gives a loss that is no number")
     held = np.sum([cache.sequence_bytes() for cache in out.caches], axis=0).tolist()
     return (loss / ANSWER).tolist(), out, held
+
+
+def figure(job: Job, table: list[Record], measure: str, scale: float, what: str) -> None:
+    """Left who saves work in the prefill, against that; right who saves bytes, against them."""
+    names = list(GRID)
+    early = {label(name) for name in names[: names.index("controls.py:RandomCache")]}
+    dense, *rows = table
+    some = [r for r in rows if r["method"].partition(":")[0] in early]
+    rest = [r for r in rows if r["method"].partition(":")[0] not in early]
+    with draw.panels(1, 2, 7.2, 4.6) as (fig, axes):
+        for one, mine, cost, name in zip(
+            axes, (some, rest), ("prefill", "kv_bytes"),
+            ("work of the whole prefill", "cache bytes"), strict=True,
+        ):  # fmt: skip
+            scatter(one, [dense, *mine], cost, measure, scale)
+            one.set(xlabel=f"{name}, % of dense", ylabel=what)
+            one.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+        fig.suptitle(f"side by side ({job.settings()['model']} model, {job.samples} samples)")
+        fig.savefig(job.out / "figure.png")
 
 
 def label(method: str) -> str:
