@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,6 +29,7 @@ from zipvl.engine.engine import Engine, Run
 from zipvl.engine.load import load
 from zipvl.engine.sampler import Sampling
 from zipvl.errors import UsageError
+from zipvl.policies import MAX_WHOLE
 from zipvl.policies.attnpred import BLOCK, ROWS, AttnPredLast, pooled
 from zipvl.policies.attnpred_cnn import predict
 from zipvl.policy import Plan, StepView
@@ -169,6 +170,10 @@ def work(argv: list[str] | None) -> None:
     a = parse(argv)
     if a.out.is_dir():
         raise UsageError(f"--out {a.out} is a folder: name a file")
+    if a.out.suffix == ".json":
+        raise UsageError(f"--out {a.out} is where the log goes: name a file, x.safetensors")
+    if not 0 <= a.seed < MAX_WHOLE:
+        raise UsageError(f"--seed is {a.seed}: give a whole number from 0 on, below 2^53")
     began = time.time()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     engine, learn, held = load(a.model, device=a.device), [], []
@@ -183,7 +188,7 @@ def work(argv: list[str] | None) -> None:
     ema = min(MEANS, key=lambda weight: score(seen, mean(weight))["error"])
     rules = {"network": lambda x: predict(network, x), "last": mean(1.0), "ema": mean(ema)}
     found = {name: score(unseen, rule) for name, rule in rules.items()}
-    save_file(network, a.out)
+    a.out.write_bytes(save(network))
     settings = {
         "model": Path(a.model).name if a.model else "demo", "frames": a.frames,
         "prompts": a.prompts, "held": a.held, "steps": a.steps, "seed": a.seed,

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 import zipvl
+from tests.methods.untrained import NEEDS
 from zipvl.errors import UsageError
 from zipvl.model.batch import Batch
 from zipvl.model.cache import Kept, LayerCache
@@ -513,4 +514,6 @@ def test_methods_without_bits_show_none() -> None:
     assert "kv_bits" not in repr(load_policy("zipvl"))
     assert "kv_bits=(4,)" in repr(load_policy("zipvl", kv_bits=4))
     for name in METHODS:
-        copy.deepcopy(load_policy(name))  # options only: nothing that cannot be copied
+        copy.deepcopy(
+            load_policy(name, **NEEDS.get(name, {}))
+        )  # options only: nothing that cannot be copied

@@ -18,6 +18,7 @@ from PIL import Image
 
 import zipvl
 from lab.shot import browser, opened
+from tests.methods.untrained import NEEDS
 from zipvl import cli, page
 from zipvl.engine.engine import Engine, Result
 from zipvl.engine.inputs import Inputs
@@ -59,8 +60,9 @@ def bits(part: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("method", METHODS)
 def test_watched_methods_keep_what_the_run_counted(engine: Engine, method: str) -> None:
     inputs = engine.prepare("List all objects in order.", video=zipvl.demo_clip(), frames=16)
-    result = cast(Result, engine.generate(inputs, method, max_new_tokens=4))
-    seen = page.watch(engine, inputs, load_policy(method), 4)
+    policy = load_policy(method, **NEEDS.get(method, {}))
+    result = cast(Result, engine.generate(inputs, policy, max_new_tokens=4))
+    seen = page.watch(engine, inputs, policy, 4)
     attended = [layer["attended"] for layer in result.stats.layers]
     assert seen.attended.sum(1).tolist() == attended
     for row, layer in zip(seen.cached, result.stats.layers, strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import zipvl
+from tests.methods.untrained import WEIGHTS
 from zipvl import ModelError
 from zipvl.policies import METHODS, load_policy
 from zipvl.policies.fastv import FastV
@@ -579,7 +580,8 @@ def pictured(oracle: Callable) -> tuple:
 
 
 SMALL = {"streaming": ":sinks=1,window=9", "h2o": ":heavy=4,recent=4", "snapkv": ":budget=12,window=4",
-         "zipvl": ":tau=0.5", "fixed": ":ratio=0.1", "random": ":ratio=0.1"}  # fmt: skip
+         "zipvl": ":tau=0.5", "fixed": ":ratio=0.1", "random": ":ratio=0.1",
+         "attnpred_reimpl": f":weights={WEIGHTS}"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)

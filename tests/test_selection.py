@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.methods.untrained import NEEDS
 from zipvl import Plan, Policy, UsageError, View, load_policy
 from zipvl.model.attention import logit_blocks, probe_mass
 from zipvl.policies import METHODS
@@ -210,7 +211,7 @@ def test_always_keeps_what_it_names() -> None:
 
 def test_every_method_loads_with_its_defaults_and_says_its_options() -> None:
     for name in METHODS:
-        policy = load_policy(name)
+        policy = load_policy(name, **NEEDS.get(name, {}))
         assert isinstance(policy, Policy)
         assert repr(policy).startswith(type(policy).__name__)
         with pytest.raises(UsageError, match="it takes "):

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import zipvl
 from lab import attnpred
-from lab.attnpred import Answer, Recorder, mean, score, train
+from lab.attnpred import Answer, Recorder, mean, record, score, train
+from lab.eval.tasks import LARGEST, task_items
 from zipvl.policies import load_policy
+from zipvl.policies.attnpred import AttnPredLast
 from zipvl.policies.attnpred_cnn import SHAPES, predict
-from zipvl.policy import StepView
+from zipvl.policy import Plan, StepView
 from zipvl.testing.toy import Toy
 
 TINY = ["--frames", "16,24", "--prompts", "2", "--held", "1", "--steps", "3", "--device", "cpu"]
@@ -55,6 +58,39 @@ def test_an_example_is_what_a_step_knows() -> None:
     assert torch.equal(history, answer.rows[:, 2:66, 1:7])
     assert torch.equal(row, answer.rows[:, 66, 1:7])
     assert answer.steps == 6
+
+
+class Sees(AttnPredLast):
+    """Reads all, and keeps what a method with a block of sinks and of local slots would see."""
+
+    def step(self, view: StepView) -> Plan:
+        last = (view.length - 16) // 16
+        before = view.notes[view.layer][:, :, 1:last].clone()
+        plan = super().step(view)
+        seen = self.__dict__.setdefault("seen", [])
+        seen.append((view.layer, before, view.notes[view.layer][:, -1, 1:last].clone()))
+        return plan
+
+
+def test_examples_are_what_a_step_sees() -> None:
+    """Among them one whose last blocks are newer than its oldest rows."""
+    engine, [item] = zipvl.load(device="cpu", dtype="float32"), task_items("list", 64, 1, 3)
+    answer = record(engine, item)
+    side = min(2 * engine.config.media.size, LARGEST)
+    inputs = engine.prepare(item.question, video=item.video(side).numpy(), frames=64)
+    assert answer.prompt == len(inputs)
+    spy = Sees(budget=10**6, dense=0)
+    engine.generate(inputs, spy, max_new_tokens=attnpred.ANSWER)
+    layers = engine.config.text.num_layers
+    assert answer.steps > 1
+    assert len(spy.seen) == layers * answer.steps
+    for step in range(answer.steps):
+        mine = spy.seen[layers * step : layers * step + layers]
+        assert [layer for layer, *_ in mine] == list(range(layers))
+        history, row = answer.example(step)
+        assert history.shape == (layers * engine.config.text.num_kv_heads, 64, row.shape[1])
+        torch.testing.assert_close(history, torch.cat([before for _, before, _ in mine]))
+        torch.testing.assert_close(row, torch.cat([after for *_, after in mine]))
 
 
 def test_scores_by_hand() -> None:
@@ -118,6 +154,8 @@ def test_its_errors_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--model", str(tmp_path / "none")], "none"),
         (["--out", str(file / "w.safetensors")], "file"),
         (["--out", str(tmp_path)], "is a folder: name a file"),
+        (["--out", str(tmp_path / "w.json")], "w.json is where the log goes: name a file"),
+        (["--seed", "-1"], "--seed is -1: give a whole number from 0 on, below 2^53"),
         (["--frames", "1", "--prompts", "1", "--held", "1"], "no prompt is long enough"),
     ]
     for argv, says in tries:

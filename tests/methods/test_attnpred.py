@@ -12,12 +12,13 @@ from torch import Tensor
 import zipvl
 from zipvl.policies import load_policy
 from zipvl.policies.attnpred import AttnPredLast
-from zipvl.policies.attnpred_cnn import SHAPES, AttnPredReimpl, predict
+from zipvl.policies.attnpred_cnn import AttnPredReimpl, load, predict
 from zipvl.policy import Plan, Policy, StepView, View
 from zipvl.testing import check_policy
 from zipvl.testing.toy import Toy
 
 from .looking import attention, step_row
+from .untrained import NEEDS, WEIGHTS, network
 
 SMALL = {"budget": 64, "sinks": 16, "local": 16, "dense": 1, "every": 2}
 CASES = [
@@ -25,26 +26,13 @@ CASES = [
     ("attnpred_last", {}, {}),  # prompts shorter than its budget
     ("attnpred_last", {"budget": 33, "sinks": 0, "local": 17, "dense": 0, "ema": 0.3}, None),
     ("attnpred_last", {"budget": 17, "sinks": 0, "local": 1, "dense": 0, "every": 1}, None),
-    ("attnpred_reimpl", SMALL, {"budget": 1000}),
+    ("attnpred_reimpl", SMALL | NEEDS["attnpred_reimpl"], {"budget": 1000}),
 ]
 
 
-def network(seed: int) -> dict[str, Tensor]:
-    chance = torch.Generator().manual_seed(seed)
-    return {name: 0.3 * torch.randn(shape, generator=chance) for name, shape in SHAPES.items()}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("network") / "mine.safetensors"
-    save_file(network(5), path)
-    return str(path)
-
-
 @pytest.mark.parametrize(("name", "options", "everything"), CASES)
-def test_contract(name: str, options: dict, everything: dict | None, weights: str) -> None:
-    file = {"weights": weights} if name == "attnpred_reimpl" else {}
-    check_policy(partial(load_policy, name, **file), everything=everything, **options)
+def test_contract(name: str, options: dict, everything: dict | None) -> None:
+    check_policy(partial(load_policy, name), everything=everything, **options)
 
 
 # --- the rule as published, in numpy
@@ -168,9 +156,9 @@ def test_steps_read_what_the_rule_says(H: int, G: int, seed: int, options: dict,
 
 
 @pytest.mark.parametrize(("H", "G", "seed"), SHAPES_OF_HEADS)
-def test_steps_read_what_the_network_says(H: int, G: int, seed: int, weights: str) -> None:
+def test_steps_read_what_the_network_says(H: int, G: int, seed: int) -> None:
     toy = Toy.build(H, G, seed)
-    policy = AttnPredReimpl(budget=64, sinks=16, local=16, dense=1, every=3, weights=weights)
+    policy = AttnPredReimpl(budget=64, sinks=16, local=16, dense=1, every=3, weights=str(WEIGHTS))
     follows = Follows(policy, network(5))
     toy.run(follows, [toy.prompt(180)], steps=8)
     assert follows.fetched == 16
@@ -204,6 +192,81 @@ def test_a_late_favourite_is_found_when_all_are_read() -> None:
         assert plan.attend is not None
         read.append(sorted({i // 16 for i in plan.attend[0].tolist()}))
     assert read == [[1, 4]] * 3 + [[2, 4]] * 3  # the third step sees it, the fourth reads it
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 64, 65, 90])
+def test_the_history_begins_with_the_end_of_the_prompt(length: int) -> None:
+    """Before any step: its last 64 rows, or as many as there are."""
+    kept: list[int] = []
+
+    class Spy(AttnPredLast):
+        def plan(self, view: View) -> Plan:
+            plan = super().plan(view)
+            if view.layer < self.dense:
+                assert not view.notes
+                return plan
+            whole, G = attention(view)[:, -64:], len(view.k)
+            want = [grouped([pool(head[i]) for head in whole], G) for i in range(whole.shape[1])]
+            mine = view.notes[view.layer].transpose(0, 1)
+            np.testing.assert_allclose(mine, np.array(want), rtol=2e-4, atol=1e-6)
+            kept.append(len(mine))
+            return plan
+
+    Toy.build(4, 2, seed=length).run(Spy(dense=1), [Toy.build(4, 2).prompt(length)], steps=1)
+    assert kept == [min(64, length)] * 2
+
+
+@pytest.mark.parametrize(
+    ("every", "whole"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6]), (5, [5]), (8, [])]
+)
+def test_a_row_of_all_joins_the_history_every_so_many_steps(every: int, whole: list[int]) -> None:
+    """Else its numbers are 0 where nothing was read."""
+    toy = Toy.build(4, 2)
+    got = toy.run(AttnPredLast(48, 16, 16, 0, every), [toy.prompt(100)], steps=7)
+    for layer in range(3):
+        rows = got.notes[0][layer][:, -7:, :6]  # blocks that were there before
+        full = (rows > 0).all(2).all(0)
+        assert [i + 1 for i in range(7) if full[i]] == whole
+
+
+def test_published_sizes() -> None:
+    """1024 slots of a longer cache, 64 the first and 64 the newest; layers 0 and 1 read all."""
+    toy = Toy.build(4, 2)
+    got = toy.run(AttnPredLast(), [toy.prompt(1100)], steps=1)
+    reads = [plan.attend for plan in got.seen.steps]
+    assert reads[0] is None
+    assert reads[1] is None
+    assert 1008 < reads[2].shape[1] <= 1024
+    for slots in reads[2].tolist():
+        assert slots[:64] == list(range(64))
+        assert slots[-64:] == list(range(1101 - 64, 1101))
+
+
+@pytest.mark.parametrize("name", ["attnpred_last", "attnpred_reimpl"])
+def test_long_answers_in_batches(name: str) -> None:
+    """Of unequal prompts, each as alone; with budgets or layers for all, as dense."""
+    toy = Toy.build(4, 1)
+    make = partial(load_policy, name, **NEEDS.get(name, {}), sinks=16, local=16)
+    prompts = [toy.prompt(90), toy.prompt(1), toy.prompt(2, "all"), toy.prompt(47, "none")]
+    dense, policy = toy.run(Policy(), prompts, 12), make(budget=48, dense=0, every=3)
+    got = toy.run(policy, prompts, 12)
+    assert got.tokens == [toy.run(policy, [p], 12).tokens[0] for p in prompts]
+    assert got.bytes == dense.bytes
+    far = [(a - b).abs().max() for a, b in zip(got.hidden[1:], dense.hidden[1:], strict=True)]
+    assert max(far) > 0.05
+    for options in ({"budget": 102, "dense": 0}, {"budget": 48, "dense": 3}):
+        assert toy.run(make(**options), prompts, 12).tokens == dense.tokens
+
+
+def test_a_network_is_no_option_and_is_float32(tmp_path: Path) -> None:
+    policy = load_policy("attnpred_reimpl", **NEEDS["attnpred_reimpl"])
+    sizes = "budget=1024, sinks=64, local=64, dense=2, every=5"
+    assert repr(policy) == f"AttnPredReimpl({sizes}, weights={WEIGHTS})"
+    half = {name: t.bfloat16() for name, t in network(1).items()}
+    save_file(half, tmp_path / "half")
+    read = load(str(tmp_path / "half"))
+    assert {t.dtype for t in read.values()} == {torch.float32}
+    assert all(torch.equal(t, half[name].float()) for name, t in read.items())
 
 
 # --- what is said of what is wrong
@@ -241,7 +304,10 @@ def test_a_file_that_is_no_network(tmp_path: Path) -> None:
     for name, found in others.items():
         save_file(found, tmp_path / name)
         refused(str(tmp_path / name), ".*holds other tensors than lab.attnpred writes")
-    save_file(network(0) | {"conv3.bias": torch.tensor([torch.nan])}, tmp_path / "nan")
-    refused(str(tmp_path / "nan"), ".*not finite")
+    for bad in (torch.nan, torch.inf):
+        save_file(network(0) | {"conv3.bias": torch.tensor([bad])}, tmp_path / "bad")
+        refused(str(tmp_path / "bad"), ".*not finite")
+    (tmp_path / "cut").write_bytes(WEIGHTS.read_bytes()[:-8])
+    refused(str(tmp_path / "cut"), ".*which cannot be read")
     with pytest.raises(zipvl.UsageError, match="has no option 'ema'"):
         load_policy("attnpred_reimpl", ema=0.5)
