@@ -45,7 +45,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def table(answers: list[Answer]) -> list[dict[str, Any]]:
-    """A row for every frame count, method and group, and for all groups together.
+    """A row for every frame count, method and group, and for all groups together with its costs.
 
     `hits` has a 1 or 0 for every item in their order, so that methods can be compared in pairs.
     """
@@ -57,10 +57,12 @@ def table(answers: list[Answer]) -> list[dict[str, Any]]:
     for (frames, method, group), some in cells.items():
         right = sum(a.ok for a in some)
         low, high = wilson(right, len(some))
-        rows.append({
+        row: dict[str, Any] = {
             "frames": frames, "method": method, "group": group, "samples": len(some),
             "accuracy": right / len(some), "low": low, "high": high,
             "chance": mean(a.chance for a in some),
+        }  # fmt: skip
+        costs = {
             "prompt_tokens": mean(a.prompt_tokens for a in some),
             "kept": mean(mean(a.ratios) for a in some),
             "kept_per_layer": [mean(r) for r in zip(*(a.ratios for a in some), strict=True)],
@@ -68,7 +70,8 @@ def table(answers: list[Answer]) -> list[dict[str, Any]]:
             "prefill_seconds": mean(a.prefill_seconds for a in some),
             "decode_seconds": mean(a.decode_seconds for a in some),
             "hits": "".join("01"[a.ok] for a in some),
-        })  # fmt: skip
+        }  # fmt: skip
+        rows.append(row | costs if group == "all" else row)
     return rows
 
 

@@ -109,6 +109,12 @@ def rows(found: list[Record], *more: str) -> list[Record]:
     return out
 
 
+def shares(table: list[Record]) -> list[Record]:
+    """Of rows by kind of question, what is worth its bytes in a result."""
+    keys = ("frames", "method", "kind", "samples")
+    return [{k: r[k] for k in keys} | {"accuracy": r["accuracy"]["value"]} for r in table]
+
+
 def difference(found: list[Record], first: str, second: str) -> dict[str, float]:
     """Accuracy of one method less that of another, question by question."""
     right = {(r["unit"], r["method"]): float(r["ok"]) for r in found}

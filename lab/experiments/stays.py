@@ -107,9 +107,7 @@ def run_always(job: Job) -> None:
     contrasts = [c for n in (job.frames if len(job.frames) > 1 else ()) for c in
                  contrasted([r for r in found if r["frames"] == n], named, n)]  # fmt: skip
     contrasts += contrasted(found, named, "all")
-    few = [{key: r[key] for key in ("frames", "method", "kind", "samples")}
-           | {"accuracy": r["accuracy"]["value"]} for r in kinds]  # fmt: skip
-    job.finish(table, clips.COLUMNS, by_kind=few, contrasts=contrasts)
+    job.finish(table, clips.COLUMNS, by_kind=clips.shares(kinds), contrasts=contrasts)
     always_figure(job, table, kinds, named)
 
 

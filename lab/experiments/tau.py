@@ -41,7 +41,8 @@ def run(job: Job) -> None:
     swept = {n: [r for r in table if r["frames"] == n and "tau=" in r["method"]]
              for n in job.frames}  # fmt: skip
     knees = {str(n): knee(some) for n, some in swept.items()}
-    job.finish(table, clips.COLUMNS, by_kind=kinds, by_need=clips.rows(found, "needs"), knee=knees)
+    job.finish(table, clips.COLUMNS, by_kind=clips.shares(kinds),
+               by_need=clips.rows(found, "needs"), knee=knees)  # fmt: skip
     figure(job, swept, kinds)
 
 

@@ -151,7 +151,9 @@ def test_same_seed_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert settings["suffix"] == ""
     assert len(answers) == 2 * 2 * 6
     assert {a["method"] for a in answers} == {"dense", "zipvl:tau=0.9"}
-    assert all(r["kept"] == 1 for r in raw["rows"] if r["method"] == "dense")
+    whole = [r for r in raw["rows"] if r["group"] == "all"]
+    assert all(r["kept"] == 1 for r in whole if r["method"] == "dense")
+    assert all("kept" not in r for r in raw["rows"] if r["group"] != "all")
     assert "accuracy" in capsys.readouterr().out
 
 
