@@ -269,7 +269,7 @@ def some_view(T: int = 90, H: int = 4, G: int = 2, D: int = 8) -> View:
     q, k, v = (torch.randn(n, T, D, generator=chance) for n in (H, G, G))
     place = torch.arange(T)
     return View(
-        1, 3, k, place, place % 3 > 0, Notes(T), lambda: q, lambda: v,
+        1, 3, k, place, place % 3 > 0, Notes(T), lambda rows: q, lambda: v,
         lambda rows: probe_mass(q.transpose(0, 1)[rows], k.transpose(0, 1), rows),
         lambda rows: logit_blocks(q.transpose(0, 1)[rows], k.transpose(0, 1), rows),
     )  # fmt: skip
