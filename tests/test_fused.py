@@ -329,8 +329,8 @@ def compile_all(dtype: torch.dtype) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("work", ["interpret", "compile bfloat16", pytest.param(
-    "compile float32", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("work", ["interpret", *(
+    pytest.param(f"compile {dtype}", marks=pytest.mark.slow) for dtype in ("bfloat16", "float32"))])  # fmt: skip
 def test_kernels_without_a_gpu(work: str, tmp_path: Path) -> None:
     variables = {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     variables["TRITON_INTERPRET"] = str(int(work == "interpret"))

@@ -142,7 +142,7 @@ SHAPES_OF_HEADS = [(4, 1, 0), (4, 2, 1), (4, 4, 2)]
 
 @pytest.mark.parametrize(("H", "G", "seed"), SHAPES_OF_HEADS)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("length", [59, 139, 200])  # one that outgrows its budget meanwhile
+@pytest.mark.parametrize("length", [59, pytest.param(139, marks=pytest.mark.slow), 200])
 def test_steps_read_what_the_rule_says(H: int, G: int, seed: int, options: dict, length: int) -> None:  # fmt: skip
     toy, policy = Toy.build(H, G, seed), AttnPredLast(**options)
     follows, plain = Follows(policy), toy.run(Policy(), [toy.prompt(length)], steps=10)
