@@ -414,7 +414,7 @@ def test_float32_answers_are_the_cpu_s(card: Card, method: str) -> None:
     assert card.kernels["triton"]
 
 
-ALIKE = ("zipvl-quant", "zipcache")  # to zipvl with kv_bits=4/2, as far as attention can tell
+ALIKE = ("zipvl-quant", "zipcache", "fixed", "random")  # to zipvl, as far as attention can tell
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,7 @@ def test_all_rows_find_themselves() -> None:
 IDEAS = [c for c in vars(ideas).values() if isinstance(c, type) and c.__module__ == ideas.__name__]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idea", IDEAS, ids=lambda c: c.__name__)
 def test_ideas_keep_the_contract(idea: type[Policy]) -> None:
     assert type(policy(f"ideas.py:{idea.__name__}")).__name__ == idea.__name__

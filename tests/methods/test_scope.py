@@ -83,7 +83,7 @@ class Spy(SCOPE):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("groups", "seed"), [(1, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("groups", "seed"), [(1, 0), (2, 1)])
 @pytest.mark.parametrize(
     ("answer", "recent", "delta"), [(5, 2, 4), (1, 1, 1), (6, 6, 5), (9, 1, 3), (40, 30, 7)]
 )
