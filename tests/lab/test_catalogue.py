@@ -13,6 +13,7 @@ def test_pages_are_those_of_the_catalogue() -> None:
     shown = [m["group"] for m in catalogue.PAGE.finditer(text)]
     assert shown == list(GROUPS)
     assert all(f"| `{name}`" in text for name in METHODS)
+    assert f"\n{len(METHODS)} methods behind one interface" in text
 
 
 def test_each_method_says_what_and_when() -> None:
