@@ -33,43 +33,50 @@ CASES = [
     ("dense", {}, {}),
     ("zipvl", {"tau": 0.8, "recent": 8, "random": 8}, {"tau": 1.0}),
     ("zipvl", {"tau": 0.01, "recent": 1, "random": 0, "always": "none"}, None),  # keeps one token
-    ("zipvl", {"tau": 0.5, "always": "last", "divisor": "all", "fill": "own"}, None),
     ("zipvl+", {"tau": 0.6, "always": "last"}, {"tau": 1.0}),
     ("zipvl-stream", {"tau": 0.8, "recent": 8, "random": 8}, {"tau": 1.0}),
-    ("zipvl-stream", {"tau": 0.01, "always": "last", "first": 1}, {"floor": 1.0}),
     ("zipvl-stream", {"tau": 0.3, "floor": 0.2, "kv_bits": 4}, {"tau": 1.0, "kv_bits": 8}),
-    ("zipvl-stream", {"tau": 0.3, "kv_bits": "4/2", "interval": 2}, None),
     ("zipvl-stream", {"tau": 0.3, "recent": 8, "random": 8, "summary": 5}, {"tau": 1.0}),
-    ("zipvl", {"tau": 0.3, "always": "last", "summary": 16}, {"tau": 1.0}),
-    ("zipvl+", {"tau": 0.1, "always": "none", "summary": 1}, None),
     ("snapkv", {"budget": 12, "window": 4, "summary": 7}, {"budget": 1000}),
     ("h2o", {"heavy": 5, "recent": 4, "summary": 3}, {"heavy": 1000}),
     ("fixed", {"ratio": 0.3, "always": "none"}, {"ratio": 1.0}),
     ("random", {"ratio": 0.3}, {"ratio": 1.0}),
     ("fastv", {"after": 1, "ratio": 0.3}, {"ratio": 1.0}),
-    ("fastv", {"after": 2, "ratio": 0.0, "variant": "mask"}, {"ratio": 1.0}),
     ("streaming", {"sinks": 2, "window": 9}, {"window": 1000}),
     ("streaming", {"sinks": 0, "window": 1}, None),  # keeps one token
     ("h2o", {"heavy": 5, "recent": 4}, {"heavy": 1000}),
-    ("h2o", {"heavy": 0, "recent": 1}, None),
     ("snapkv", {"budget": 12, "window": 4, "kernel": 3, "pool": "avg"}, {"budget": 1000}),
     ("snapkv", {"budget": 1, "window": 1}, None),
     ("zipvl", {"tau": 0.8, "kv_bits": 4, "interval": 3}, {"tau": 1.0, "kv_bits": 8}),
-    ("zipvl+", {"tau": 0.6, "kv_bits": 2, "interval": 1}, {"tau": 1.0, "kv_bits": 8}),
-    ("fixed", {"ratio": 0.7, "kv_bits": "4/2", "interval": 2}, {"ratio": 1.0, "kv_bits": 8}),
     ("zipvl-quant", {"tau": 0.8, "interval": 3}, {"tau": 1.0, "kv_bits": 8}),
-    ("zipvl-quant", {"tau": 0.1, "always": "none", "kv_bits": "8/2", "interval": 1}, None),
     ("zipcache", {"interval": 2}, {"kv_bits": 8}),
-    ("zipcache", {"ratio": 0.01, "probes": 0.5, "interval": 1}, {"ratio": 1.0, "kv_bits": 8}),
     ("kivi", {"kv_bits": 4, "group": 2, "residual": 4}, {"kv_bits": 8}),
-    ("kivi", {"group": 3, "residual": 3}, {"kv_bits": 8}),
     ("kivi", {}, {"kv_bits": 8}),
     (f"{ROOT}/examples/keynorm.py:KeyNorm", {"ratio": 0.3}, {"ratio": 1.0}),
     (f"{ROOT}/examples/tova.py:TOVA", {"budget": 10}, {"budget": 1000}),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "everything"), CASES)
+MORE = [  # of the same methods
+    ("zipvl", {"tau": 0.5, "always": "last", "divisor": "all", "fill": "own"}, None),
+    ("zipvl-stream", {"tau": 0.01, "always": "last", "first": 1}, {"floor": 1.0}),
+    ("zipvl-stream", {"tau": 0.3, "kv_bits": "4/2", "interval": 2}, None),
+    ("zipvl", {"tau": 0.3, "always": "last", "summary": 16}, {"tau": 1.0}),
+    ("zipvl+", {"tau": 0.1, "always": "none", "summary": 1}, None),
+    ("fastv", {"after": 2, "ratio": 0.0, "variant": "mask"}, {"ratio": 1.0}),
+    ("h2o", {"heavy": 0, "recent": 1}, None),
+    ("zipvl+", {"tau": 0.6, "kv_bits": 2, "interval": 1}, {"tau": 1.0, "kv_bits": 8}),
+    ("fixed", {"ratio": 0.7, "kv_bits": "4/2", "interval": 2}, {"ratio": 1.0, "kv_bits": 8}),
+    ("zipvl-quant", {"tau": 0.1, "always": "none", "kv_bits": "8/2", "interval": 1}, None),
+    ("zipcache", {"ratio": 0.01, "probes": 0.5, "interval": 1}, {"ratio": 1.0, "kv_bits": 8}),
+    ("kivi", {"group": 3, "residual": 3}, {"kv_bits": 8}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "everything"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
 def test_contract(name: str, options: dict, everything: dict | None) -> None:
     check_policy(partial(load_policy, name), everything=everything, **options)
 

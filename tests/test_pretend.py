@@ -414,7 +414,9 @@ def test_float32_answers_are_the_cpu_s(card: Card, method: str) -> None:
     assert card.kernels["triton"]
 
 
-ALIKE = ("zipvl-quant", "zipcache", "fixed", "random")  # to zipvl, as far as attention can tell
+ALIKE = (  # to zipvl or snapkv, as far as attention can tell
+    "zipvl-quant", "zipcache", "fixed", "random", "streaming", "snapkv:budget=40,summary", "zipvl+",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

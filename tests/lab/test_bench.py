@@ -228,6 +228,7 @@ def test_one_method_at_decode_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [r["slots"] for r in rows] == [24, 7, 34, 7]
 
 
+@pytest.mark.slow
 def test_figures_from_raw_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each figure's file appears; what it draws as a ceiling is dense without attention."""
     pytest.importorskip("matplotlib")

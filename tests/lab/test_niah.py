@@ -64,6 +64,7 @@ def test_rows_by_hand() -> None:
     assert row["samples"] == 4
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -289,6 +289,7 @@ def test_the_command_stopped_in_every_stage_gives_the_same_file(
     assert (cache / "seed-2/model.safetensors").read_bytes() != files[1]
 
 
+@pytest.mark.slow
 def test_bank_rows_belong_to_their_group(fresh: VLM) -> None:
     bank = Bank(torch.zeros(144 * 3 + 5 + 2, 1, 1), 3, 5)
     rng, groups = np.random.default_rng(), np.array([[0, 7, 143, EMPTY, HARD]] * 50)
