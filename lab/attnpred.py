@@ -32,7 +32,7 @@ from zipvl.errors import UsageError
 from zipvl.policies import MAX_WHOLE
 from zipvl.policies.attnpred import BLOCK, ROWS, AttnPredLast, pooled
 from zipvl.policies.attnpred_cnn import predict
-from zipvl.policy import Plan, StepView
+from zipvl.policy import Notes, Plan, StepView
 
 from .command import Parser, count, counts, ended
 from .eval.tasks import LARGEST, Item, task_items
@@ -147,7 +147,7 @@ def score(answers: list[Answer], foretell: Foretell) -> dict[str, float]:
 def mean(ema: float) -> Foretell:
     """The untrained rule; 1 is the last row."""
     policy = AttnPredLast(ema=ema)
-    return lambda history: policy.foretell(history, {})  # type: ignore[arg-type]
+    return lambda history: policy.foretell(history, Notes(0))
 
 
 def parse(argv: list[str] | None) -> Any:

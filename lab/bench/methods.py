@@ -155,6 +155,7 @@ def steps_of(model: Model, policy: Policy, n: int, new: int, clock: str,
     text = torch.zeros(1, dtype=torch.bool, device=model.device)
     watched = Watched(policy, laps)
     for cache in caches:
+        # a clock around the method of this object alone; caches have no hook for one
         cache.apply = laps.of("leave", cache.apply)  # type: ignore[method-assign]
     seen.append(laps)
 

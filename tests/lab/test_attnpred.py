@@ -142,7 +142,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     files = [tmp_path / name / "w.safetensors" for name in ("one", "two")]
     assert files[0].read_bytes() == files[1].read_bytes()
     policy = load_policy("attnpred_reimpl", weights=str(files[0]))
-    assert sum(w.numel() for w in policy.network.values()) == 4833  # type: ignore[attr-defined]
+    assert sum(w.numel() for w in policy.network.values()) == 4833
 
 
 def test_its_errors_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

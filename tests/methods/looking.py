@@ -35,5 +35,5 @@ def watched(policy: Policy) -> tuple[Policy, list[np.ndarray]]:
         found.append(attention(view))
         return plan(view)
 
-    policy.plan = look  # type: ignore[method-assign]
+    policy.plan = look
     return policy, found

@@ -233,7 +233,7 @@ def test_pixels_that_are_gone_are_refused(engine: Engine, monkeypatch: pytest.Mo
 
 def test_what_a_guide_must_be(engine: Engine) -> None:
     class Wrong(SGL):
-        guide = 3  # type: ignore[assignment]
+        guide = 3
 
         def __init__(self) -> None:
             pass

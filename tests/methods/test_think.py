@@ -194,7 +194,7 @@ def random_kept(n: int, seed: int, D: int = 8, G: int = 2) -> Kept:
 def masked(kept: Kept, old: int) -> Tensor:
     """The keys of `kept`, the first `old` of them with zeros outside its channels."""
     k = kept.k.clone()
-    for g, channels in enumerate(kept.channels):  # type: ignore[arg-type]
+    for g, channels in enumerate(kept.channels):
         gone = [c for c in range(k.shape[2]) if c not in channels.tolist()]
         k[: max(0, old), g, gone] = 0
     return k
@@ -324,7 +324,7 @@ class Channels(ThinK):
         self.what = what
 
     def plan(self, view: View) -> Plan:
-        return Plan(channels=self.what)  # type: ignore[arg-type]
+        return Plan(channels=self.what)
 
 
 @pytest.mark.parametrize(
