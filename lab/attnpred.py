@@ -29,12 +29,11 @@ from zipvl.engine.engine import Engine, Run
 from zipvl.engine.load import load
 from zipvl.engine.sampler import Sampling
 from zipvl.errors import UsageError
-from zipvl.policies import MAX_WHOLE
 from zipvl.policies.attnpred import BLOCK, ROWS, AttnPredLast, pooled
 from zipvl.policies.attnpred_cnn import predict
 from zipvl.policy import Notes, Plan, StepView
 
-from .command import Parser, count, counts, ended
+from .command import Parser, count, counts, ended, seed
 from .eval.tasks import LARGEST, Item, task_items
 from .raw import rounded, write_json
 
@@ -161,7 +160,7 @@ def parse(argv: list[str] | None) -> Any:
     add("--prompts", type=count, default=40, help="of a frame count, to learn from (default 40)")
     add("--held", type=count, default=10, help="of a frame count, to be held out (default 10)")
     add("--steps", type=count, default=1500, help="updates of the network (default 1500)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--device", default="auto")
     return parser.parse_args(argv)
 
@@ -172,8 +171,6 @@ def work(argv: list[str] | None) -> None:
         raise UsageError(f"--out {a.out} is a folder: name a file")
     if a.out.suffix == ".json":
         raise UsageError(f"--out {a.out} is where the log goes: name a file, x.safetensors")
-    if not 0 <= a.seed < MAX_WHOLE:
-        raise UsageError(f"--seed is {a.seed}: give a whole number from 0 on, below 2^53")
     began = time.time()
     a.out.parent.mkdir(parents=True, exist_ok=True)
     engine, learn, held = load(a.model, device=a.device), [], []

@@ -20,7 +20,7 @@ from zipvl.engine.load import load
 from zipvl.policies import load_policy
 from zipvl.policies.profile import write_profile
 
-from .command import Parser, count, ended
+from .command import Parser, count, ended, seed
 from .eval.tasks import LARGEST, task_items
 
 
@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-m", "--model", help="folder or hub id (default: the bundled demo model)")
     add("--frames", type=count, default=64, help="frames of a clip (default: %(default)s)")
     add("--samples", type=count, default=4, help="prompts (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--device", default="auto")
     return parser.parse_args(argv)
 

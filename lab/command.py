@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from zipvl.errors import UsageError, ZipvlError, memory_errors
 
+MAX_WHOLE = 2**53  # as of a method's options
 INTERRUPTED = 130  # what a shell calls a command that Ctrl-C ended
 
 
@@ -55,6 +56,13 @@ def count(text: str) -> int:
     """A whole number of 1 or more, as argparse's `type`."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 on that every generator takes."""
+    if not (text.isdecimal() and int(text) < MAX_WHOLE):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 0 on, below 2^53")
     return int(text)
 
 

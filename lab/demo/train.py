@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
 
-from ..command import Parser, ended
+from ..command import Parser, ended, seed
 from .backgrounds import bundled, gradients, noise
 from .bank import Bank, build
 from .checkpoint import PATCH, SIDE, tokenizer, write_plain, write_weights
@@ -183,7 +183,7 @@ def release(model: VLM, folder: Path) -> None:
 def work(argv: list[str] | None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--cache", type=Path, default=Path("build/demo"))
-    parser.add_argument("--seed", type=int, default=1, help="of the decoder (default 1)")
+    parser.add_argument("--seed", type=seed, default=1, help="of the decoder (default 1)")
     parser.add_argument("--tower-steps", type=int, default=7500)
     parser.add_argument("--steps", type=int, default=5000, help="of the decoder")
     parser.add_argument("--stop", type=int, help="end this stage at that step for now")

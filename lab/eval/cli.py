@@ -21,7 +21,7 @@ from zipvl.engine.inputs import Inputs
 from zipvl.engine.load import load
 from zipvl.policies import load_policy
 
-from ..command import Parser, count, counts, ended
+from ..command import Parser, count, counts, ended, seed
 from ..raw import rounded, write_json
 from ..records import Record, measured
 from .report import Answer, heat_map, markdown, table
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--frames", type=counts, default="16,64",
         help="frames of a clip, comma between (default: %(default)s)")  # fmt: skip
     add("--samples", type=count, default=200, help="questions a frame count (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--max-new-tokens", type=count, default=32)
     add("--suffix", default="", help="text after every question, such as ' Answer in two words.'")
     add("--device", default="auto")

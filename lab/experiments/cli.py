@@ -1,4 +1,5 @@
-"""The paper's experiments; docs/experiments.md says what each asks and what came out.
+"""The paper's experiments; docs/experiments.md says what each asks and what came out, and
+docs/methods.md what the rivals did.
 
     python -m lab.experiments NAME [--model PATH] [--out DIR] [--samples N]
 
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from zipvl.cli import split_methods
 
-from ..command import Parser, count, counts, ended
+from ..command import Parser, count, counts, ended, seed
 from . import fixed, methods, niah, probes, rivals, stale, stays, summary, tau
 from .runner import Job, policy
 
@@ -48,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-m", "--model", help="folder or hub id (default: the bundled demo model)")
     add("--out", type=Path, help="folder for the results (default: results/NAME)")
     add("--samples", type=count, default=40, help="questions a frame count, or windows of text")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--method", help="methods instead of the experiment's own, comma between")
     add("--frames", type=counts, default="16,64",
         help="frames of a clip, comma between (default: %(default)s)")  # fmt: skip

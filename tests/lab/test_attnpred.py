@@ -155,7 +155,7 @@ def test_its_errors_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--out", str(file / "w.safetensors")], "file"),
         (["--out", str(tmp_path)], "is a folder: name a file"),
         (["--out", str(tmp_path / "w.json")], "w.json is where the log goes: name a file"),
-        (["--seed", "-1"], "--seed is -1: give a whole number from 0 on, below 2^53"),
+        (["--seed", "-1"], "--seed: '-1': give a whole number from 0 on, below 2^53"),
         (["--frames", "1", "--prompts", "1", "--held", "1"], "no prompt is long enough"),
     ]
     for argv, says in tries:

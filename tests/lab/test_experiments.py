@@ -520,6 +520,7 @@ def test_commands_run(
     [
         (["tau", "--frames", "0"], "--frames: '0'"),
         (["tau", "--samples", "0"], "--samples: '0'"),
+        (["tau", "--seed", "-1"], "--seed: '-1': give a whole number from 0 on"),
         (["tau", "--method", "zipvl:tua=1"], "no option 'tua'"),
         (["text_tau", "--tokens", "4,x"], "--tokens: '4,x'"),
     ],
