@@ -25,8 +25,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from zipvl.engine.engine import Engine, Run
+from zipvl.engine.engine import Engine
 from zipvl.engine.load import load
+from zipvl.engine.run import Run
 from zipvl.engine.sampler import Sampling
 from zipvl.errors import UsageError
 from zipvl.policies.attnpred import BLOCK, ROWS, AttnPredLast, pooled

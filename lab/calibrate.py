@@ -15,8 +15,8 @@ from typing import cast
 import numpy as np
 from tqdm import tqdm
 
-from zipvl.engine.engine import Result
 from zipvl.engine.load import load
+from zipvl.engine.run import Result
 from zipvl.policies import load_policy
 from zipvl.policies.profile import write_profile
 

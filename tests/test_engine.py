@@ -133,7 +133,7 @@ def test_prompt_direct_equals_prepared(
 def test_faults_of_the_words_are_told_before_media_are_read(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zipvl.engine.engine.read_clip", None)
+    monkeypatch.setattr("zipvl.engine.run.read_clip", None)
     for prompt, words in (("<video> or <video>?", "2 <video> markers"), ("bad \ud800", "Unicode")):
         with pytest.raises(UsageError, match=words):
             engine.prepare(prompt, video="film.mp4")
@@ -742,7 +742,7 @@ def test_caches_grow_while_decoding(
     want = engine.generate(asked, **options)
     stop = want[1].tokens[7]
     some = with_stops(engine, stop).generate(asked, **options | {"ignore_eos": False})
-    monkeypatch.setattr("zipvl.engine.engine.ROOM", 4)
+    monkeypatch.setattr("zipvl.engine.run.ROOM", 4)
     got = engine.generate(asked, **options)
     assert [r.tokens for r in got] == [r.tokens for r in want]
     left = with_stops(engine, stop).generate(asked, **options | {"ignore_eos": False})
@@ -937,7 +937,7 @@ def test_too_little_memory_is_told_before_it_is_taken(
         else:
             with pytest.raises(OutOfMemory):
                 engine.generate(inputs, method, max_new_tokens=3)
-    monkeypatch.setattr("zipvl.engine.engine.ROOM", 2)
+    monkeypatch.setattr("zipvl.engine.run.ROOM", 2)
     monkeypatch.setattr(errors, "available", lambda: hidden + whole)
     pieces = engine.stream(inputs, "zipvl", max_new_tokens=9, ignore_eos=True)
     next(pieces), next(pieces)

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import zipvl
-from zipvl.engine.engine import Engine, Step
+from zipvl.engine.engine import Engine
+from zipvl.engine.run import Step
 from zipvl.engine.speed import FusedNorm, GraphStep, StaticStep, attend_masked, fuse
 from zipvl.linear import SwiGLU
 from zipvl.model.attention import probe_mass

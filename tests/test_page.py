@@ -20,8 +20,9 @@ import zipvl
 from lab.shot import browser, opened
 from tests.methods.untrained import NEEDS
 from zipvl import cli, page
-from zipvl.engine.engine import Engine, Result
+from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
+from zipvl.engine.run import Result
 from zipvl.policies import METHODS, load_policy
 from zipvl.policy import Policy
 from zipvl.report import Trial

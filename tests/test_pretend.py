@@ -24,8 +24,9 @@ from torch import Tensor
 
 import zipvl
 from zipvl import UsageError
-from zipvl.engine.engine import Engine, Run, Step
+from zipvl.engine.engine import Engine
 from zipvl.engine.load import pick_device, pick_dtype
+from zipvl.engine.run import Run, Step
 from zipvl.engine.sampler import Sampling
 from zipvl.engine.speed import GraphStep
 from zipvl.engine.stats import Recorder

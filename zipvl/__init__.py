@@ -16,9 +16,10 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:  # what type checkers and editors read
-    from .engine.engine import Engine, Piece, Result
+    from .engine.engine import Engine
     from .engine.inputs import Inputs
     from .engine.load import demo_clip, load
+    from .engine.run import Piece, Result
     from .policies import load_policy
     from .policy import Plan, Policy, StepView, View
 else:  # what Python does (PEP 562): a public name is that of the first home that has it

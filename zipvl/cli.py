@@ -41,8 +41,9 @@ from .report import (
 from .vision.source import seconds
 
 if TYPE_CHECKING:
-    from .engine.engine import Engine, Result
+    from .engine.engine import Engine
     from .engine.inputs import ImageSource, Inputs, Message, VideoSource
+    from .engine.run import Result
     from .policy import Policy
 
 HELP = (
@@ -367,7 +368,7 @@ class Session:
     def answer(self, inputs: Inputs, policy: Policy, silent: bool) -> Result:
         """Streams one answer, or is `silent`. Where Ctrl-C ended it, finish_reason is "interrupted"
         and the statistics are those of what was done."""
-        from .engine.engine import Run
+        from .engine.run import Run
         from .engine.sampler import Sampling
 
         a, text, words = self.args, "", self.engine.chat.detokenizer()

@@ -9,8 +9,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from .engine.engine import FRAMES, Engine, Result
+from .engine.engine import Engine
 from .engine.inputs import Inputs
+from .engine.run import FRAMES, Result
 from .policy import Policy
 from .report import Trial, agreement, as_json, fault, say, summary
 from .vision.video import Reading

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from .errors import REFUSAL, ZipvlError, printable
 
 if TYPE_CHECKING:
-    from .engine.engine import Engine, Result
+    from .engine.engine import Engine
     from .engine.inputs import Inputs
+    from .engine.run import Result
     from .engine.stats import Stats
     from .policy import Policy
 

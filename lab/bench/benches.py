@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zipvl.config import TextConfig
-from zipvl.engine.engine import Step
+from zipvl.engine.run import Step
 from zipvl.engine.speed import GraphStep, StaticStep
 from zipvl.engine.stats import Counted, dense_work
 from zipvl.linear import Linear

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zipvl.engine.engine import Engine, Run
+from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import FrameBuffer, Inputs, Media
 from zipvl.engine.load import demo_clip, load
+from zipvl.engine.run import Run
 from zipvl.engine.sampler import Sampling
 from zipvl.engine.stats import Clock
 from zipvl.policies import load_policy

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zipvl.config import TextConfig
-from zipvl.engine.engine import CHUNK
+from zipvl.engine.run import CHUNK
 from zipvl.engine.stats import peak_memory, restart_peak
 from zipvl.errors import ZipvlError
 from zipvl.model.attention import SCORE_BYTES

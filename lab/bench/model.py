@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zipvl.config import TextConfig
-from zipvl.engine.engine import CHUNK, Step
+from zipvl.engine.run import CHUNK, Step
 from zipvl.engine.speed import (
     PACKED_ROWS,
     PackedLinear,

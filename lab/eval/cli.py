@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import cast
 
 from zipvl.cli import split_methods
-from zipvl.engine.engine import Result
 from zipvl.engine.inputs import Inputs
 from zipvl.engine.load import load
+from zipvl.engine.run import Result
 from zipvl.policies import load_policy
 
 from ..command import Parser, count, counts, ended, seed

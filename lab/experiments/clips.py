@@ -5,8 +5,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from zipvl.engine.engine import Engine, Result
+from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
+from zipvl.engine.run import Result
 
 from ..eval.tasks import LARGEST, Item, same_answer, task_items
 from . import stats

@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from zipvl.engine.engine import Result
 from zipvl.engine.inputs import HELD, Inputs, Media
+from zipvl.engine.run import Result
 from zipvl.vision.merge import count_tokens_video, merge_video
 
 from ..eval.tasks import LARGEST, Item, needle_items

@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from zipvl.engine.engine import Result
 from zipvl.engine.inputs import Inputs
+from zipvl.engine.run import Result
 from zipvl.errors import UsageError
 
 from ..eval.tasks import LARGEST, task_items

@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 
-from zipvl.engine.engine import Step
+from zipvl.engine.run import Step
 from zipvl.engine.speed import GraphStep, StaticStep
 from zipvl.engine.stats import LayerStats, peak_memory, restart_peak
 from zipvl.model.cache import store_as

@@ -14,8 +14,9 @@ from ..model.backends import pick
 from ..model.chat import Chat
 from ..model.layouts import read_config
 from ..model.weights import Progress, find_checkpoint, load_weights, silent
-from .engine import Engine, Step
+from .engine import Engine
 from .inputs import HELD, Inputs
+from .run import Runtime, Step
 from .speed import GraphStep, check_kind, fuse, pack_weights
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -77,10 +78,10 @@ class Guides:
 
     model: str  # what the engine itself was loaded from
     options: dict[str, Any]  # and how
-    loaded: dict[str, Engine] = field(default_factory=dict)
+    loaded: dict[str, Runtime] = field(default_factory=dict)
 
-    def __call__(self, guide: str, first: Engine, inputs: list[Inputs]
-                 ) -> tuple[Engine, list[Inputs]]:  # fmt: skip
+    def __call__(self, guide: str, first: Runtime, inputs: list[Inputs]
+                 ) -> tuple[Runtime, list[Inputs]]:  # fmt: skip
         """The guide's engine, and the inputs of `first` with media that it has not encoded. Raises
         UsageError where it would see other tokens, or no pixels."""
         fresh = {id(m): replace(m, features=None) for i in inputs for m in i.media}
@@ -102,7 +103,7 @@ class Guides:
         return self.loaded[guide], asked
 
 
-ALIKE: dict[str, Callable[[Engine], Any]] = {  # what makes tokens of a prompt and its media
+ALIKE: dict[str, Callable[[Runtime], Any]] = {  # what makes tokens of a prompt and its media
     "vocabulary": lambda engine: engine.chat.tokenizer.get_vocab(),
     "size and cut of pictures": lambda engine: replace(engine.config.media, mean=(), std=()),
     "tokens of a picture": lambda engine: (engine.config.vision.grid, engine.config.vision.tokens),

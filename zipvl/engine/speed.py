@@ -24,7 +24,7 @@ from ..model.decoder import MLP, Decoder, RMSNorm
 from ..model.kernels import Attend, attend_sdpa, sdpa
 from ..model.vlm import VLM
 from ..policy import Notes, Policy
-from .engine import Step
+from .run import Step
 
 # --- weights in the order of products -------------------------------------------------------------
 #
