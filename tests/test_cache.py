@@ -15,7 +15,7 @@ import zipvl
 from zipvl import Plan, Policy, StepView, View, load_policy
 from zipvl.config import TextConfig
 from zipvl.model.backends import BACKENDS
-from zipvl.model.batch import Batch
+from zipvl.model.batch import Batch, Spans
 from zipvl.model.cache import Kept, LayerCache
 from zipvl.model.decoder import Decoder
 from zipvl.model.kernels import attend_sdpa
@@ -66,7 +66,7 @@ def test_append_leave_and_drop_against_plain_lists(data: st.DataObject) -> None:
         if what == "append" and steps < room:
             at = torch.tensor([lengths[b] + steps for b in names])
             new = torch.cat([numbers(b, p[None]) for b, p in zip(names, at, strict=True)])
-            cache.append(new, new + 10000, at)
+            cache.append(new, new + 10000, at, Spans([1] * len(new), "cpu"))
             for b, p, w in zip(names, at.tolist(), want, strict=True):
                 for row in w:
                     row.append(100 * b + p)

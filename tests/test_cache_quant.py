@@ -12,7 +12,7 @@ from torch import Tensor
 import zipvl
 from tests.methods.untrained import NEEDS
 from zipvl.errors import UsageError
-from zipvl.model.batch import Batch
+from zipvl.model.batch import Batch, Spans
 from zipvl.model.cache import Kept, LayerCache
 from zipvl.model.cache_quant import KVFormat, QuantCache, as_bits, kivi, zipcache
 from zipvl.model.decoder import Decoder
@@ -25,6 +25,7 @@ from zipvl.testing.toy import Toy
 
 FAMILIES = ["llava", "llava_next", "llava_next_mistral", "llava_next_video", "llava_onevision",
             "llava_onevision_tied"]  # fmt: skip
+ONE = Spans([1], "cpu")
 QUANTISING = ["zipvl-quant", "zipvl:kv_bits=4", "fixed:ratio=0.5,kv_bits=4/2", "zipcache",
               "kivi:group=4,residual=8"]  # fmt: skip
 
@@ -92,7 +93,7 @@ def test_prompt_and_new_tokens_are_quantised_by_blocks_once() -> None:
 
     picks = []
     for t in range(new):
-        cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([n + t]))
+        cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([n + t]), ONE)
         plan, count = Plan(), cache.due(0)
         if count:
             asked.append((t, count))
@@ -121,7 +122,7 @@ def test_kivi_residuals_are_the_published_ones() -> None:
         cache, [(k, v)] = build(kivi(2, group, R), [n], [None], room=30)
         later = random_kv(20, 2, D, seed=5)
         for t in range(20):
-            cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([n + t]))
+            cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([n + t]), ONE)
             cache.apply([Plan(precise=torch.tensor([0]))])  # one bit width asks nobody
             keys, values = (
                 torch.cat(pair)[: n + t + 1].double().numpy()
@@ -145,7 +146,7 @@ def test_what_is_quantised_is_never_quantised_again() -> None:
     cache, _ = build(zipcache((4, 2), 3), [40], [torch.arange(10)], room=60)
     before, later = by_position(cache, 0), random_kv(60, 2, 12, seed=1)
     for t in range(60):
-        cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([40 + t]))
+        cache.append(later[0][t : t + 1], later[1][t : t + 1], torch.tensor([40 + t]), ONE)
         cache.apply([Plan(precise=torch.tensor([0, 2])) if cache.due(0) else Plan()])
     for one, other in zip(before, by_position(cache, 0), strict=True):
         torch.testing.assert_close(other[:40], one, rtol=0, atol=0)
@@ -163,11 +164,11 @@ def test_sequences_of_a_batch_know_nothing_of_each_other() -> None:
             lengths = [5, 1]
         some = [t * 3 + b for b in range(len(alone))]
         at = torch.tensor([n + t for n in lengths])
-        batch.append(later[0][some], later[1][some], at)
+        batch.append(later[0][some], later[1][some], at, Spans([1] * len(some), "cpu"))
         batch.apply([Plan(precise=torch.tensor([1]))] * len(alone))
         for b, cache in enumerate(alone):
             i = some[b]
-            cache.append(later[0][i : i + 1], later[1][i : i + 1], at[b : b + 1])
+            cache.append(later[0][i : i + 1], later[1][i : i + 1], at[b : b + 1], ONE)
             cache.apply([Plan(precise=torch.tensor([1]))])
     assert batch.spans.lengths == [12, 8]
     for b, cache in enumerate(alone):

@@ -264,7 +264,7 @@ def test_masked_attention_equals_the_slices() -> None:
             q, rows = torch.randn(3, heads, 8), Spans([1] * 3, "cpu")
             want = attend_sdpa(q, k, v, rows, spans)
             torch.testing.assert_close(attend_masked(q, k, v, rows, spans), want)
-            spans.grow()
+            spans.grow(Spans([1] * len(spans), spans.used.device))
 
 
 def test_methods_that_change_their_cache_decode_step_by_step(

@@ -121,7 +121,12 @@ def test_what_chooses_slots_does_not_see_summaries_and_they_stay() -> None:
     cache = LayerCache([kept(7, 3), kept(5, 0)], room=2)
     assert cache.places(0).shape == (4, G)
     assert [len(cache.view(b)[0]) for b in (0, 1)] == [7, 5]
-    cache.append(torch.zeros(2, G, D), torch.zeros(2, G, D), torch.tensor([70, 50]).int())
+    cache.append(
+        torch.zeros(2, G, D),
+        torch.zeros(2, G, D),
+        torch.tensor([70, 50]).int(),
+        Spans([1, 1], "cpu"),
+    )
     cache.apply([Plan(leave=torch.tensor([1, 3])), Plan()])  # of 3, 4, 5, 6 and the new one
     assert cache.places(0)[:, 0].tolist() == [3, 70, 5]
     assert cache.view(0)[2][:, 0].tolist() == [0, 1, 2, 3, 70, 5]

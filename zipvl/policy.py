@@ -67,10 +67,11 @@ class Notes(dict):
         self.new = new  # most tokens that may follow
         self.entered: Tensor | None = None  # [K] which tokens positions count; None: all of them
 
-    @property
-    def next(self) -> int:
-        """The position of the first new token."""
-        return self.prompt if self.entered is None else len(self.entered)
+    def at(self, number: int) -> int:
+        """The position of token `number` of the prompt and of what follows it."""
+        if self.entered is None:
+            return number
+        return int((self.entered < number).sum()) + max(0, number - self.prompt)
 
     def original(self, positions: Tensor) -> Tensor:
         """The places in the prompt of its tokens at `positions`."""

@@ -19,7 +19,6 @@ from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs, Media
 from zipvl.engine.stats import Counted, dense_work, layer_rows
 from zipvl.errors import UsageError
-from zipvl.model.batch import Batch, Spans
 from zipvl.model.cache import Cache
 from zipvl.policy import Policy
 
@@ -67,26 +66,12 @@ def loss_after(engine: Engine, ids: Tensor, method: Policy) -> tuple[float, int]
 
 
 def follow(engine: Engine, caches: list[Cache], ids: Tensor, start: int) -> Tensor:
-    """Hidden states [n, C] of n known tokens that follow a prompt, over the caches it left.
-
-    All at once what decoding does token by token (for methods that evict nothing meanwhile).
-    """
+    """Hidden states [n, C] of n known tokens that follow a prompt, over the caches it left, which
+    stay as they are (for methods that evict nothing meanwhile)."""
     model, n = engine.model.text, len(ids)
+    roomy = [cache.drop([0], n) for cache in caches]
     positions = torch.arange(start, start + n, device=ids.device)
-    x = model.embed_tokens(ids)
-    text = torch.zeros_like(positions, dtype=torch.bool)
-    batch = Batch.build([n], positions, text, model.config, x.dtype)
-    for block, cache in zip(model.blocks(), caches, strict=True):
-        layer, h = block.self_attn, block.input_layernorm(x)
-        k, v, spans = cache.read()
-        [at] = spans.slices()
-        k = torch.cat((k[at], layer.rotated(layer.k_proj, h, batch)))
-        v = torch.cat((v[at], layer.heads(layer.v_proj(h))))
-        q = layer.rotated(layer.q_proj, h, batch)
-        slots = Spans([len(k)], k.device, 0, spans.merged, spans.weights)
-        o = engine.attend(q, k, v, batch.spans, slots)
-        x = block.feed_forward(x, layer.o_proj(o.flatten(1)))
-    return model.norm(x)
+    return model.extend(model.embed_tokens(ids), [n], positions, roomy, Policy(), engine.attend)
 
 
 def records(job: Job, methods: list[str], question: int | None = None) -> list[Record]:

@@ -227,7 +227,9 @@ def test_it_grows_drops_and_gets_room() -> None:
 
     def grow(rows: list[int], step: int) -> None:
         k, v = new[step].k[rows], new[step].v[rows]
-        cache.append(k, v, torch.tensor([len(want[b][0]) for b in rows]).int())
+        cache.append(
+            k, v, torch.tensor([len(want[b][0]) for b in rows]).int(), Spans([1] * len(rows), "cpu")
+        )
         cache.apply([Plan()] * len(rows))
         for i, b in enumerate(rows):
             want[b] = [torch.cat((a, x[i : i + 1])) for a, x in zip(want[b], (k, v), strict=True)]
@@ -275,7 +277,9 @@ def test_trim(per_head: bool) -> None:
         for m, w, n in zip(thin, whole, values, strict=True)
     ]
     assert trimmed.sequence_bytes() == want
-    trimmed.append(kept[0].k[:3], kept[0].v[:3], torch.tensor([20, 9, 12]).int())
+    trimmed.append(
+        kept[0].k[:3], kept[0].v[:3], torch.tensor([20, 9, 12]).int(), Spans([1, 1, 1], "cpu")
+    )
     assert torch.equal(trimmed.view(0)[0][-1], kept[0].k[0])
     assert trimmed.spans.lengths == [6, 10, 3]
 

@@ -271,6 +271,7 @@ class Run:
         kind = engine.step if engine.step.repeats(self.policy) else Step
         decode = kind(model, caches, self.notes, self.policy, engine.attend)
         stops = frozenset() if ignore_eos else engine.chat.stop_ids
+        first = [n.at(len(i)) for n, i in zip(self.notes, self.inputs, strict=True)]
         rows = live = list(range(len(self.inputs)))
         grown = ROOM * engine.config.text.kv_width * model.dtype.itemsize
         self.seconds["decode"], since = 0.0, time.perf_counter()
@@ -296,7 +297,7 @@ class Run:
                     rows, new = live, [new[i] for i in stay]
                     notes = [self.notes[b] for b in rows]
                     decode = kind(model, caches, notes, self.policy, engine.attend)
-                at = [self.notes[b].next + step for b in rows]
+                at = [first[b] + step for b in rows]
                 ids, places = sent(torch.tensor([new, at]), model.device)
                 logits = decode(ids, places)
 

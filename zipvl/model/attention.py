@@ -208,41 +208,46 @@ class Attention(nn.Module):
 
     def decode(self, x: Tensor, batch: Batch, cache: Cache, policy: Policy,
                kernel: Attend) -> Tensor:  # fmt: skip
-        """A new token per sequence: x [B, C] -> [B, C]; the cache grows."""
+        """New tokens of each sequence: x [sum n, C] -> [sum n, C]; the cache grows. One of each at
+        most, where a method has a step()."""
         q, k, v = self.newest(x, batch)
-        cache.append(k, v, batch.positions)
+        cache.append(k, v, batch.positions, batch.spans)
         k, v, spans = cache.read()  # [slots, G, D]
-        plans = [Plan()] * len(x)
+        plans = [Plan()] * len(spans)
         if policy.step is None:
             o = kernel(q, k, v, batch.spans, spans)
         else:
-            views = self.step_views(q, k, v, batch, cache)
-            plans = ask_all(policy.step, views)
-            chosen = attend_steps(views, plans, spans)
+            asked = [b for b, n in enumerate(batch.spans.lengths) if n]
+            views = self.step_views(q, k, v, batch, cache, asked)
+            answers = ask_all(policy.step, views)
+            chosen = attend_steps(views, answers, spans)
             o = kernel(q, k, v, batch.spans, spans) if chosen is None else chosen
+            for b, plan in zip(asked, answers, strict=True):
+                plans[b] = plan
         cache.apply(plans)
         return self.o_proj(o.flatten(1))
 
     def newest(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [B, H, D], key and value [B, G, D] of a new token per sequence x [B, C]."""
+        """Query [n, H, D], key and value [n, G, D] of new tokens x [n, C]."""
         q, k = (self.rotated(project, x, batch) for project in (self.q_proj, self.k_proj))
         return q, k, self.heads(self.v_proj(x))
 
-    def step_views(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch,
-                   cache: Cache) -> list[StepView]:  # fmt: skip
-        """What the policy sees of each sequence at a decode step."""
+    def step_views(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: Cache,
+                   asked: list[int]) -> list[StepView]:  # fmt: skip
+        """What the policy sees at a decode step of the sequences `asked`, q [len(asked), H, D]."""
+        at = cache.spans.own()
         return [
             StepView(
                 layer=self.layer,
                 num_layers=self.config.num_layers,
-                q=q[b],
-                k=k[at].transpose(0, 1),
-                v=v[at].transpose(0, 1),
+                q=query,
+                k=k[at[b]].transpose(0, 1),
+                v=v[at[b]].transpose(0, 1),
                 positions=cache.places(b).T,
                 due=cache.due(b),
                 notes=batch.notes[b],
             )
-            for b, at in enumerate(cache.spans.own())
+            for b, query in zip(asked, q, strict=True)
         ]
 
 

@@ -75,13 +75,21 @@ class Spans:
         out[..., : self.merged[sequence]] = math.log(self.weights[sequence])
         return out
 
-    def grow(self) -> None:
-        """Every sequence takes one more of its places."""
-        self.count()
-        self.used += 1
+    def next(self, new: "Spans") -> Tensor:
+        """The places of `new` rows, so many of each sequence, behind those in use [sum n]."""
+        places = self.edges[:-1] + self.used
+        if all(n == 1 for n in new.lengths):
+            return places
+        shift = (places - new.edges[:-1]).repeat_interleave(new.used, output_size=new.total)
+        return shift + torch.arange(new.total, device=shift.device)
+
+    def grow(self, new: "Spans") -> None:
+        """Every sequence takes as many more of its places as `new` has rows of it."""
+        self.lengths = [n + more for n, more in zip(self.lengths, new.lengths, strict=True)]
+        self.used += new.used
 
     def count(self) -> None:
-        """The half of grow() that a replayed CUDA graph does not do."""
+        """What a replayed CUDA graph does not do of grow(), by one token each."""
         self.lengths = [n + 1 for n in self.lengths]
 
     def shrink(self, lengths: list[int]) -> None:

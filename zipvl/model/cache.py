@@ -65,7 +65,9 @@ class Cache(Protocol):
 
     spans: Spans
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None: ...
+    def append(self, k: Tensor, v: Tensor, positions: Tensor, new: Spans) -> None: ...
+    def stride(self) -> list[int]: ...
+    def cut(self, first: int) -> bool: ...
     def read(self) -> tuple[Tensor, Tensor, Spans]: ...
     def places(self, sequence: int) -> Tensor: ...
     def due(self, sequence: int) -> int: ...
@@ -102,11 +104,26 @@ class LayerCache:
         places = new.positions
         self.positions[at] = places if places.ndim == 2 else places[:, None]
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """One new token per sequence: k, v [B, G, D], positions [B]."""
-        at = self.spans.edges[:-1] + self.spans.used  # [B]
-        self._write(at, Kept(k, v, positions))
-        self.spans.grow()
+    def append(self, k: Tensor, v: Tensor, positions: Tensor, new: Spans) -> None:
+        """`new` rows that follow in each sequence: k, v [sum n, G, D], positions [sum n]."""
+        self._write(self.spans.next(new), Kept(k, v, positions))
+        self.spans.grow(new)
+
+    def stride(self) -> list[int]:
+        """How many tokens of each sequence may follow at once."""
+        return [self.spans.free([b]) for b in range(len(self.spans))]
+
+    def cut(self, first: int) -> bool:
+        """Lets go of a lone sequence's tokens from position `first` on, where they are its last
+        slots, the same in every head. Returns whether they are."""
+        [at] = self.spans.own()
+        late = self.positions[at] >= first  # [n, G]
+        stay = len(late) - int(late[:, 0].sum())
+        last = torch.arange(len(late), device=late.device) >= stay
+        if not torch.equal(late, last[:, None].expand_as(late)):
+            return False
+        self.spans.shrink([self.spans.lengths[0] - len(late) + stay])
+        return True
 
     def read(self) -> tuple[Tensor, Tensor, Spans]:
         """k, v [slots, G, D] of all sequences and where each lies, no copy."""

@@ -134,6 +134,11 @@ class Column:
         column.push(x[count:])
         return column
 
+    @property
+    def left(self) -> int:
+        """How many tokens may join the tail until some are due."""
+        return self.side.block + self.side.hold - self.waiting
+
     def push(self, x: Tensor) -> None:
         """Tokens x [m, G, D] join the tail."""
         self.tail[self.waiting : self.waiting + len(x)] = x
@@ -250,12 +255,23 @@ class QuantCache:
             stored.append(Stored(keys, values, torch.cat((order, free)).int()))
         return cls(form, stored, [len(one.k) for one in kept], room, scratch)
 
-    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        for b, (one, n) in enumerate(zip(self.stored, self.spans.lengths, strict=True)):
-            one.keys.push(k[b : b + 1])
-            one.values.push(v[b : b + 1])
-            one.positions[n] = positions[b]
-        self.spans.grow()
+    def append(self, k: Tensor, v: Tensor, positions: Tensor, new: Spans) -> None:
+        sequences = zip(self.stored, self.spans.lengths, new.slices(), strict=True)
+        for one, n, at in sequences:
+            one.keys.push(k[at])
+            one.values.push(v[at])
+            places = one.positions[n : n + at.stop - at.start]
+            places[:] = positions[at] if places.ndim == 1 else positions[at, None]
+        self.spans.grow(new)
+
+    def stride(self) -> list[int]:
+        """Of each sequence, no more than fit until some leave full precision."""
+        left = [min(column.left for column in (one.keys, one.values)) for one in self.stored]
+        return [min(self.spans.free([b]), n) for b, n in enumerate(left)]
+
+    def cut(self, first: int) -> bool:
+        """Whether there is nothing to cut: what is packed stays as it is."""
+        return not bool((self.places(0) >= first).any())
 
     def due(self, sequence: int) -> int:
         keys = self.stored[sequence].keys

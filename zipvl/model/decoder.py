@@ -7,6 +7,7 @@ Mirrors transformers' models/{llama,mistral,qwen2}/modeling_*.py; parameter name
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -17,7 +18,7 @@ from ..errors import DAMAGED, ModelError
 from ..linear import Linear, SwiGLU
 from ..policy import Notes, Plan, Policy, PromptView, Trim, ask, ask_trim
 from .attention import Attention, Observer
-from .batch import Batch, Spans, join
+from .batch import Batch, Spans, join, sent
 from .cache import Cache, store_as
 from .kernels import Attend, attend_sdpa
 
@@ -153,9 +154,33 @@ class Decoder(nn.Module):
         batch = Batch.build([1] * len(x), positions, text, self.config, x.dtype, notes)
         return self.step(x, batch, caches, policy, attend)
 
+    def extend(self, x: Tensor, lengths: list[int], positions: Tensor, caches: Sequence[Cache],
+               policy: Policy, attend: Attend, notes: list[Notes] | None = None,
+               chunk: int | None = None) -> Tensor:  # fmt: skip
+        """Tokens that follow what the caches hold, so many of each sequence: packed embeddings
+        x [sum n, C] at `positions` [sum n] -> hidden [sum n, C], the same as decode() of one after
+        the other. The caches must have room for them.
+
+        As many at once as may: one where a method's step() looks at each, those until some leave
+        full precision, at most `chunk` of a sequence."""
+        text = torch.zeros_like(positions, dtype=torch.bool)
+        batch = Batch.build(lengths, positions, text, self.config, x.dtype, notes)
+        out, left = torch.empty_like(x), list(lengths)
+        while any(left):
+            most = 1 if policy.step is not None else chunk or len(x)
+            strides = zip(*(cache.stride() for cache in caches), strict=True)
+            some = [min(n, most, *free) for n, free in zip(left, strides, strict=True)]
+            assert any(some), "the caches are full"
+            firsts = [stop - n for stop, n in zip(accumulate(lengths), left, strict=True)]
+            rows = join([torch.arange(s, s + n) for s, n in zip(firsts, some, strict=True)])
+            rows, spans = sent(rows, x.device), Spans(some, x.device)
+            out[rows] = self.step(x[rows], batch.take(rows, spans), caches, policy, attend)
+            left = [n - took for n, took in zip(left, some, strict=True)]
+        return out
+
     def step(self, x: Tensor, batch: Batch, caches: Sequence[Cache], policy: Policy,
              attend: Attend) -> Tensor:  # fmt: skip
-        """The same with what the batch knows already made."""
+        """One pass over new tokens x [sum n, C] with what the batch knows already made."""
         for block, cache in zip(self.blocks(), caches, strict=True):
             h = block.input_layernorm(x)
             x = block.feed_forward(x, block.self_attn.decode(h, batch, cache, policy, attend))

@@ -53,7 +53,7 @@ def check_arithmetic(toy: Toy, policy: Policy, prompt: Prompt) -> None:
         if policy.storage is not None:
             check_held(oracle, got.held[step], f"{policy}: before decode step {step}")
         plans = got.seen.steps[step * layers : (step + 1) * layers]
-        want = oracle.step(table[token][None], got.notes[0].next + step, plans)
+        want = oracle.step(table[token][None], got.notes[0].at(got.notes[0].prompt) + step, plans)
         why = "the cache holds other tokens than plan(), trim() and step() named"
         close(got.hidden[step + 1], want, f"decode step {step}", why)
 

@@ -93,7 +93,7 @@ class Toy:
         for step in range(steps):
             new = (last @ self.head.T).argmax(-1)  # [B]
             tokens = torch.cat((tokens, new[:, None]), dim=1)
-            positions = torch.tensor([mine.next for mine in notes]) + step
+            positions = torch.tensor([mine.at(mine.prompt) for mine in notes]) + step
             k_v_at = [[t.clone() for t in c.view(0)] for c in out.caches]
             held.append([(k, v, at) for k, v, at in k_v_at])
             full = [i for i, cache in enumerate(out.caches) if not cache.spans.free()]
