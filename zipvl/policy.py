@@ -63,8 +63,7 @@ class Notes(dict):
 
     def __init__(self, prompt: int, new: int = 0):
         super().__init__()
-        self.prompt = prompt  # tokens of the prompt
-        self.new = new  # most tokens that may follow
+        self.prompt, self.new = prompt, new  # tokens of the prompt, and most that may follow
         self.entered: Tensor | None = None  # [K] which tokens positions count; None: all of them
 
     def at(self, number: int) -> int:

@@ -6,7 +6,7 @@ What these steps do is in run.py.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..policy import Policy
 from .inputs import ImageSource, Inputs, VideoSource, as_list
 from .run import Piece, Result, Run, Runtime
 from .sampler import Sampling
+from .session import Session
 
 LOGIT_ROWS = 128  # rows of logits at a time
 
@@ -77,6 +78,21 @@ class Engine(Runtime):
         inputs = self.prepared(inputs, images, video)
         run = Run(self, [inputs], load_policy(method), Sampling(temperature, top_p, top_k, seed))
         return run.pieces(max_new_tokens, ignore_eos)
+
+    def session(self, images: Sequence[ImageSource] = (),
+                video: VideoSource | Sequence[VideoSource] | None = None,
+                frames: int | Literal["auto"] | None = "auto", fps: float | None = None,
+                start: float | None = None, end: float | None = None, system: str | None = None,
+                method: str | Policy = "zipvl", reuse: str = "media",
+                reader: str = "pyav") -> Session:  # fmt: skip
+        """Many questions about media that are read and prefilled once (session.py); the first one
+        waits for the prefill. Media, frames and reader as in prepare()."""
+        policy = load_policy(method)
+        if not as_list(images) and not as_list(video):
+            none = torch.empty(0, dtype=torch.long)
+            return Session(self, Inputs(none, none.bool(), []), policy, reuse, system)
+        inputs = self.prepare("", images, video, frames, fps, start, end, system, reader)
+        return Session(self, inputs, policy, reuse, system)
 
     def prepared(self, inputs: Inputs | str, images: Sequence[ImageSource],
                  video: VideoSource | Sequence[VideoSource] | None) -> Inputs:  # fmt: skip

@@ -240,6 +240,8 @@ class Run:
         self.layers: list[LayerStats] = []
         self.notes: list[Notes] = []
         self.room = 0  # new tokens the caches have places for
+        self.reused = 0  # tokens of the prompt that were in the caches before
+        self.fed = 0  # tokens of the answers that the caches hold
 
     @torch.inference_mode()
     def steps(self, max_new_tokens: int, ignore_eos: bool) -> Iterator[list[tuple[int, int]]]:
@@ -253,19 +255,12 @@ class Run:
         restart_peak(model.device)
         generators = self.sampling.generators(len(self.inputs))
         began = time.perf_counter()
-        self.room = min(max_new_tokens, ROOM)
         fresh = [i for i in self.inputs if not i.reported]  # preparing is part of the first run
-        self.notes = engine.take_notes(self.inputs, self.policy, max_new_tokens)
-        if self.policy.scout is not None:
-            self.seconds["scout"] = time.perf_counter() - began
         self.seconds["video"] = sum(i.seconds for i in fresh)
-        out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes, True)
+        caches, logits = self.open(max_new_tokens)
         self.seconds["vision"] += sum(i.vision_seconds for i in fresh)
         for inputs in fresh:
             inputs.reported = True
-        self.layers, caches = out.layers, out.caches
-        logits = self.first_logits(out.hidden, out.batch)
-        del out  # as long as the prompts
         # 3 decode: choose a token each, let those that stop leave, run the others one step on.
         # `rows` are the sequences that are in the caches, `live` those of them that go on
         kind = engine.step if engine.step.repeats(self.policy) else Step
@@ -300,6 +295,19 @@ class Run:
                 at = [first[b] + step for b in rows]
                 ids, places = sent(torch.tensor([new, at]), model.device)
                 logits = decode(ids, places)
+                self.fed = step + 1
+
+    def open(self, new: int) -> tuple[list[Cache], Tensor]:
+        """Caches that hold the prompts and have places for `new` tokens, at first; logits [B, V] of
+        the first ones."""
+        engine, began = self.engine, time.perf_counter()
+        self.room = min(new, ROOM)
+        self.notes = engine.take_notes(self.inputs, self.policy, new)
+        if self.policy.scout is not None:
+            self.seconds["scout"] = time.perf_counter() - began
+        out = engine.prefill(self.inputs, self.policy, self.room, self.seconds, self.notes, True)
+        self.layers = out.layers
+        return out.caches, self.first_logits(out.hidden, out.batch)
 
     def take(self, made: list[tuple[int, int]], stops: frozenset[int]) -> list[tuple[int, int]]:
         """Adds tokens to the answers of their sequences; returns those that are no stop tokens."""
@@ -343,6 +351,7 @@ class Run:
     def result(self, sequence: int) -> Result:
         """What sequence number `sequence` of the batch answered."""
         inputs, tokens, text = self.inputs[sequence], self.tokens[sequence], self.engine.config.text
+        prefilled = self.notes[sequence].prompt if self.notes else len(inputs)
         dtype = self.engine.model.dtype
         stages: dict[str, float] = {}
         for layer in self.layers:
@@ -359,9 +368,9 @@ class Run:
                 new_tokens=len(tokens),
                 batch=len(self.inputs),
                 seconds=self.seconds | stages,
-                layers=layer_rows(self.layers, sequence, len(inputs)),
+                layers=layer_rows(self.layers, sequence, prefilled),
                 work=sum(s.work[sequence] for s in self.layers),
-                work_dense=dense_work(text, len(inputs), ends=True),
+                work_dense=dense_work(text, prefilled, ends=True),
                 kv_bytes_dense=(len(inputs) + self.room) * text.kv_width * dtype.itemsize,
                 peak_memory=peak_memory(self.engine.model.device),
                 frames=[
@@ -369,6 +378,7 @@ class Run:
                     for m in inputs.media if m.clip
                     for i, t in zip(m.clip.indices, m.clip.times, strict=True)
                 ],
+                reused=self.reused,
             ),
         )  # fmt: skip
 

@@ -182,6 +182,9 @@ class Stats:
     kv_bytes_dense: int  # what the same cache holds under dense attention
     peak_memory: int  # bytes: allocated on CUDA, resident set of the process elsewhere
     frames: list[dict[str, Any]] = field(default_factory=list)  # index and time of each video frame
+    reused: int = (
+        0  # prompt tokens that a session's caches held; `layers`, `work` are its prefill's
+    )
 
     @property
     def kv_bytes(self) -> int:
@@ -205,7 +208,7 @@ class Stats:
     @property
     def prefill_rate(self) -> float:
         """Prompt tokens a second, this sequence's share of the batch."""
-        return self.prompt_tokens / max(1e-9, self.seconds.get("prefill", math.inf))
+        return (self.prompt_tokens - self.reused) / max(1e-9, self.seconds.get("prefill", math.inf))
 
     @property
     def decode_rate(self) -> float:

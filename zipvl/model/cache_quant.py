@@ -181,6 +181,12 @@ class Column:
             at += len(part)
         out[at:] = self.tail[: self.waiting]
 
+    def copy(self) -> "Column":
+        """The same tokens; parts are never written to and serve both."""
+        twin = Column(self.side, self.tail.clone())
+        twin.waiting, twin.parts = self.waiting, list(self.parts)
+        return twin
+
     def tensors(self) -> list[Tensor]:
         return [self.tail, *(t for part in self.parts for t in part.tensors())]
 
@@ -219,6 +225,9 @@ class Stored:
 
     def tensors(self) -> list[Tensor]:
         return self.keys.tensors() + self.values.tensors()
+
+    def copy(self) -> "Stored":
+        return Stored(self.keys.copy(), self.values.copy(), self.positions.clone())
 
     def roomier(self, length: int, room: int) -> "Stored":
         """The same `length` tokens with places for `room` more."""
@@ -317,6 +326,10 @@ class QuantCache:
         if any(s is not None for s in slots):
             self.refuse()
         return self
+
+    def copy(self) -> "QuantCache":
+        stored, lengths = [one.copy() for one in self.stored], self.spans.lengths
+        return type(self)(self.form, stored, lengths, self.spans.free(), self.scratch)
 
     def drop(self, keep: list[int], room: int | None = None) -> "QuantCache":
         lengths, stored = [self.spans.lengths[i] for i in keep], [self.stored[i] for i in keep]
