@@ -138,7 +138,7 @@ class Session:
         media = [
             t.nbytes for m in self.inputs.media for t in (m.crops, m.features) if t is not None
         ]
-        return sum(held) + sum(media)
+        return sum(held) + sum(t.nbytes for t in media)
 
     def settle(self) -> None:
         """What the last turn put into the caches is theirs from now on."""
@@ -151,7 +151,7 @@ class Session:
                 self.held.ids = torch.cat((turn.inputs[0].input_ids, said))
 
     def shared(self, inputs: Inputs) -> Held | None:
-        """What caches hold of a prompt, all its media at least, and nothing else; None: too little."""
+        """What caches hold of a prompt, at least its media, and nothing else; None: too little."""
         self.settle()
         ids, held, base = inputs.input_ids, self.held, self.base
         n = held.common(ids) if held else 0
