@@ -134,11 +134,9 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes of its caches, and of pixels and features of the media."""
-        held = [cache.nbytes for h in (self.held, self.base) if h for cache in h.caches]
-        media = [
-            t.nbytes for m in self.inputs.media for t in (m.crops, m.features) if t is not None
-        ]
-        return sum(held) + sum(t.nbytes for t in media)
+        caches = [c for held in (self.held, self.base) if held for c in held.caches]
+        media = [t for m in self.inputs.media for t in (m.crops, m.features) if t is not None]
+        return sum(c.nbytes for c in caches) + sum(t.nbytes for t in media)
 
     def settle(self) -> None:
         """What the last turn put into the caches is theirs from now on."""

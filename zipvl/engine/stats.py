@@ -183,6 +183,7 @@ class Stats:
     peak_memory: int  # bytes: allocated on CUDA, resident set of the process elsewhere
     frames: list[dict[str, Any]] = field(default_factory=list)  # index and time of each video frame
     reused: int = 0  # prompt tokens that a session held; `layers` and `work` are its prefill's
+
     @property
     def kv_bytes(self) -> int:
         return sum(layer["kv_bytes"] for layer in self.layers)
