@@ -7,6 +7,7 @@ there finish, for so many seconds; the second ends them. Exit codes: those of cl
 import argparse
 import importlib
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UsageError, ZipvlError
-from ..report import fault, open_streams, plain, say
+from ..report import fault, plain, say
 from .request import Limits
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def check(a: argparse.Namespace) -> None:
     """Faults of the command line that need no torch to be seen; puts the token into `a.token`."""
     for name, value in vars(a).items():
         least = 0 if name in ("port", "queue", "cache_bytes") else 1
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+        if type(value) in (int, float) and not least <= value < math.inf:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} is {value}: give {least} or more")
     if a.port > 65535:
@@ -176,9 +177,9 @@ def build(a: argparse.Namespace, engine: "Engine") -> "Server":
     worker = Worker(engine, store, policy, reuse, a.queue, a.cache_bytes)
     name = a.name or Path(a.model or "zipvl-demo").resolve().name
     hosts = {"localhost", "127.0.0.1", "[::1]", a.host, f"[{a.host}]"}
-    app = Service(worker, store, most, name).app(hosts if is_loopback(a.host) else None, a.token)
+    names = hosts if is_loopback(a.host) else None
     worker.start()
-    return Server(app, worker, a.drain_seconds)
+    return Server(Service(worker, name), names, a.token, a.drain_seconds)
 
 
 def run(a: argparse.Namespace) -> int:
@@ -201,7 +202,6 @@ def main(argv: list[str] | None = None) -> int:
     """The program with arguments `argv` (None: of this process). Returns the exit code."""
     a = argparse.Namespace(verbose=False)
     try:
-        open_streams()
         build_parser().parse_args(argv, a)
         check(a)
         try:

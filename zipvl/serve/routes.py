@@ -33,8 +33,7 @@ from uvicorn import Config
 from uvicorn import Server as Uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .media import Store
-from .request import Limits, Refusal, parse
+from .request import Refusal, parse
 from .worker import GONE, Done, Event, Job, Worker
 
 HEAD_SECONDS = 10.0  # a request's head has to be there
@@ -97,12 +96,10 @@ class Service:
     """What the routes answer from."""
 
     worker: Worker
-    store: Store
-    limits: Limits
     name: str  # of the model
 
     def __post_init__(self) -> None:
-        self.made = int(time.time())
+        self.made, self.store = int(time.time()), self.worker.store
         self.desk = ThreadPoolExecutor(1, "desk")  # reads requests one by one, beside the engine
         self.large = asyncio.Semaphore(LARGE)
 
@@ -165,17 +162,21 @@ class Service:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise Refusal(415, "the body has to be JSON: send Content-Type: application/json")
         self.worker.admit()
-        most, body, waited = self.limits.body, bytearray(), False
-        size = int(request.headers.get("content-length", 0))
+        body, most, waited = bytearray(), self.store.limits.body, False
+
+        async def expect(size: int) -> None:
+            nonlocal waited
+            if size > most:
+                raise Refusal(413, f"the body has more than {most} bytes: send less")
+            if size > SMALL and not waited:
+                await large.enter_async_context(self.large)
+                waited = True
+
         try:
             async with asyncio.timeout(BODY_SECONDS):
+                await expect(int(request.headers.get("content-length", 0)))
                 async for chunk in request.stream():
-                    size = max(size, len(body) + len(chunk))
-                    if size > most:
-                        raise Refusal(413, f"the body has more than {most} bytes: send less")
-                    if size > SMALL and not waited:
-                        await large.enter_async_context(self.large)
-                        waited = True
+                    await expect(len(body) + len(chunk))
                     body += chunk
         except TimeoutError:
             raise Refusal(408, f"the body was not there after {BODY_SECONDS:g} s") from None
@@ -184,7 +185,7 @@ class Service:
     def read(self, body: bytes, job: Job) -> None:
         """What is asked, with its media as files; in the thread of the desk. Raises Refusal."""
         job.check()
-        ask = parse(body, self.limits, self.name)
+        ask = parse(body, self.store.limits, self.name)
         job.media, job.visual = self.store.fetch(ask, job.check)
         job.ask = replace(ask, links=[])  # their bytes have gone to disk
 
@@ -336,15 +337,15 @@ class Protocol(H11Protocol):
 class Server(Uvicorn):
     """Serves until a signal, and then what is under way. `code` is what the process exits with."""
 
-    def __init__(self, app: Starlette, worker: Worker, seconds: float):
+    def __init__(self, service: Service, hosts: set[str] | None, token: str | None, seconds: float):
         """`seconds`: for what is under way."""
         config = Config(
-            app, http=Protocol, ws="none", lifespan="off", log_config=None, log_level="error",
+            service.app(hosts, token), http=Protocol, ws="none", lifespan="off", log_config=None, log_level="error",
             access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=round(SHUT_SECONDS),
         )  # fmt: skip
         super().__init__(config)
-        self.worker, self.seconds = worker, seconds
+        self.service, self.worker, self.seconds = service, service.worker, seconds
         self.code, self.until = 0, math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -164,7 +164,7 @@ class Worker(threading.Thread):
             try:
                 job.check()
                 last: Event = self.answer(job)
-            except Exception as e:
+            except BaseException as e:  # the thread goes on, whatever a method raises
                 last = self.explain(e, job)
             self.end(job, last)
             self.trim()
@@ -245,7 +245,7 @@ class Worker(threading.Thread):
         while sum(session.nbytes for session in self.sessions.values()) > self.room:
             self.sessions.popitem(last=False)
 
-    def explain(self, e: Exception, job: Job) -> Refusal:
+    def explain(self, e: BaseException, job: Job) -> Refusal:
         """What a client hears of a failure. What is not the client's own goes to stderr."""
         if isinstance(e, Refusal):
             return e
