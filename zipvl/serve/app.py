@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check(a: argparse.Namespace) -> None:
     """Faults of the command line that need no torch to be seen; puts the token into `a.token`."""
     for name, value in vars(a).items():
-        least = 0 if name in ("port", "queue", "cache_bytes") else 1
+        least = 0 if name in ("port", "queue", "cache_bytes", "drain_seconds") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} is {value}: give {least} or more")

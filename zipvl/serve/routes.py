@@ -339,8 +339,9 @@ class Server(Uvicorn):
 
     def __init__(self, service: Service, hosts: set[str] | None, token: str | None, seconds: float):
         """`seconds`: for what is under way."""
+        app = service.app(hosts, token)
         config = Config(
-            service.app(hosts, token), http=Protocol, ws="none", lifespan="off", log_config=None, log_level="error",
+            app, http=Protocol, ws="none", lifespan="off", log_config=None, log_level="error",
             access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=round(SHUT_SECONDS),
         )  # fmt: skip
