@@ -5,6 +5,7 @@
 What these steps do is in run.py.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
@@ -93,6 +94,12 @@ class Engine(Runtime):
             return Session(self, Inputs(none, none.bool(), []), policy, reuse, system)
         inputs = self.prepare("", images, video, frames, fps, start, end, system, reader)
         return Session(self, inputs, policy, reuse, system)
+
+    def open_session(self, path: str | os.PathLike,
+                     method: str | Policy | None = None) -> Session:  # fmt: skip
+        """The session that Session.save wrote, ready for questions; `method` need be named where
+        it is not a built-in one. Raises UsageError, ModelError."""
+        return Session.opened(self, path, method)
 
     def prepared(self, inputs: Inputs | str, images: Sequence[ImageSource],
                  video: VideoSource | Sequence[VideoSource] | None) -> Inputs:  # fmt: skip
