@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import check_file
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, memory_errors
 from ..model.cache import Cache, restore_as
 from ..model.weights import fingerprint, open_safetensors
 from ..policies import METHODS, load_policy
@@ -125,9 +125,12 @@ def load(engine: Runtime, path: str | os.PathLike, method: str | Policy | None =
     check_file(path)
     with open_safetensors(path) as file:
         header = file.metadata() or {}
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    about = agreed(engine, path, header, tensors)
-    policy = chosen(path, about, method)
+        about = agreed(engine, path, header)
+        policy = chosen(path, about, method)
+        with memory_errors(torch.device("cpu"), f"reading {path}", "save it with fewer --frames"):
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if header.get("sha256") != digest(header["about"], tensors):
+        raise ModelError(f"{path} is damaged, or was changed: save it again")
     try:
         return rebuilt(engine, about, tensors, policy)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
@@ -145,9 +148,8 @@ def checked(path: str | os.PathLike) -> Path:
     return target
 
 
-def agreed(engine: Runtime, path: Path, header: dict[str, str],
-           tensors: dict[str, Tensor]) -> dict[str, Any]:  # fmt: skip
-    """`about`, if it is of this version, undamaged, and of this model in this dtype."""
+def agreed(engine: Runtime, path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """`about`, if it is of this version, and of this model in this dtype."""
     try:
         about = json.loads(header["about"])
         version, model, dtype = (about[key] for key in ("version", "model", "dtype"))
@@ -158,8 +160,6 @@ def agreed(engine: Runtime, path: Path, header: dict[str, str],
             f"{path} is a session of version {version!s:.20}, and this zipvl reads {VERSION}: save "
             "it again"
         )
-    if header.get("sha256") != digest(header["about"], tensors):
-        raise ModelError(f"{path} is damaged, or was changed: save it again")
     if model != identity(engine):
         raise ModelError(f"{path} was saved with another model: open it with that one")
     if dtype != str(engine.model.dtype):
@@ -173,6 +173,8 @@ def rebuilt(engine: Runtime, about: dict[str, Any], tensors: dict[str, Tensor],
     """What is in a file whose hash is right."""
     device, config = engine.model.device, engine.config.text
     ids, visual = tensors["ids"], tensors["visual"]
+    if ids.dtype != torch.int64 or visual.dtype != torch.bool or not ids.shape == visual.shape:
+        raise ValueError("its tokens are none")
     media = [medium(one, f"media.{i}", tensors) for i, one in enumerate(about["media"])]
     inputs = Inputs(ids, visual, media, reported=True)
     prompt, new = about["prompt"]
@@ -233,11 +235,11 @@ def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def named(policy: Policy) -> dict[str, Any] | None:
     """The name and options of a built-in method; None for others, and where an option is a path."""
     names = {kind: name for name, kind in METHODS.items()}
-    options = inspect.signature(type(policy)).parameters
-    if type(policy) not in names or not all(hasattr(policy, option) for option in options):
+    takes = inspect.signature(type(policy)).parameters
+    if type(policy) not in names or not all(hasattr(policy, option) for option in takes):
         return None
-    given = {option: getattr(policy, option) for option in options}
-    if any(isinstance(x, str) and not re.fullmatch(r"\w*|\d+/\d+", x) for x in given.values()):
+    given = {option: getattr(policy, option) for option in takes}
+    if any(isinstance(x, str) and not re.fullmatch(r"\w*|\d[\d./:]*", x) for x in given.values()):
         return None
     return {"name": names[type(policy)], "options": given}
 
@@ -245,13 +247,17 @@ def named(policy: Policy) -> dict[str, Any] | None:
 def chosen(path: Path, about: dict[str, Any], method: str | Policy | None) -> Policy:
     """The method of a file: a built-in one it names, or the caller's, which must be the same."""
     known = about.get("method")
-    if method is not None:
-        policy = load_policy(method)
-    elif isinstance(known, dict) and known.get("name") in METHODS:
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in known["options"].items()}
-        policy = load_policy(known["name"], **given)
-    else:
-        raise UsageError(f"{path} was saved with a method of your own: name it, too")
+    try:
+        if method is None and known is not None:
+            given = known["options"].items()  # JSON has no tuples
+            options = {name: tuple(x) if isinstance(x, list) else x for name, x in given}
+            policy = load_policy(METHODS[known["name"]], **options)
+        elif method is not None:
+            policy = load_policy(method)
+        else:
+            raise UsageError(f"{path} was saved with a method of your own: name it, too")
+    except (LookupError, TypeError, AttributeError):
+        raise ModelError(f"{path} is no session that zipvl wrote") from None
     if repr(policy) != about.get("policy"):
         raise UsageError(f"{path} was saved with {about.get('policy')!s:.200}, not with {policy}")
     return policy
@@ -271,8 +277,9 @@ def described(m: Media, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]
 def medium(about: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Media:
     none, clip = np.empty((0, 0, 0, 3), np.uint8), None
     if "clip" in about:
-        numbers, times = (tuple(tensors[f"{name}.{of}"].tolist()) for of in ("indices", "times"))
-        clip = Clip(none, numbers, times, **about["clip"])
+        numbers = tensors[f"{name}.indices"].flatten()
+        times = tensors[f"{name}.times"].view(len(numbers))  # as many, or no session
+        clip = Clip(none, tuple(numbers.tolist()), tuple(times.tolist()), **about["clip"])
     crops = torch.from_numpy(none)
     return Media(about["kind"], crops, None, about["tokens"], clip, sha256=about["sha256"])
 

@@ -126,6 +126,11 @@ class Session:
             turn = self.turn([{"role": "user", "content": "?"}])
             with torch.inference_mode():
                 held = self.hold(turn.read(read_length(turn.inputs[0])))
+        if self.fixed and held.read < len(held.ids):
+            raise UsageError(
+                f"what {self.policy} holds cannot be parted from the first question: make the "
+                "session with reuse media to save it"
+            )
         save(self.engine, Film(self.inputs, self.policy, self.reuse, self.system, held), path)
 
     @classmethod
