@@ -84,7 +84,7 @@ class Engine(Runtime):
                 video: VideoSource | Sequence[VideoSource] | None = None,
                 frames: int | Literal["auto"] | None = "auto", fps: float | None = None,
                 start: float | None = None, end: float | None = None, system: str | None = None,
-                method: str | Policy = "zipvl", reuse: str = "media",
+                method: str | Policy = "zipvl", reuse: str = "first",
                 reader: str = "pyav") -> Session:  # fmt: skip
         """Many questions about media that are read and prefilled once (session.py); the first one
         waits for the prefill. Media, frames and reader as in prepare()."""

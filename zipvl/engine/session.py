@@ -10,9 +10,12 @@ what was read.
 
 What a method kept of the media it chose at some time, and later questions have no say in it:
 
-    reuse="media"   from the media alone, before any question
-    reuse="first"   from the first question's prompt
-    reuse="none"    for every question anew: nothing is reused but the features of the media
+    reuse="first"     for the first question; what its prompt made it keep stays
+    reuse="general"   for a general question, which is then cut off: no question changes another
+    reuse="media"     for the media alone
+    reuse="none"      for every question anew: nothing is reused but the features of the media
+
+What each costs in right answers is measured in docs/sessions.md: "first" least, "media" most.
 """
 
 import copy
@@ -34,7 +37,8 @@ from .run import ROOM, Piece, Result, Run, Runtime, keep
 from .sampler import Sampling
 from .stats import Clock
 
-REUSE = ("media", "first", "none")
+REUSE = ("first", "general", "media", "none")
+GENERAL = {True: "Describe the video.", False: "Describe the picture."}  # whether there is a video
 
 
 class Session:
@@ -45,15 +49,19 @@ class Session:
         """`inputs`: a prompt with the media. Raises UsageError."""
         if reuse not in REUSE:
             raise UsageError(f"unknown reuse {reuse!r}: use one of {', '.join(REUSE)}")
+        self.fixed = policy.step is not None or policy.storage is not None
         if reuse == "media" and policy.scout is not None:
             raise UsageError(
                 f"{policy} answers the question first to choose tokens: use reuse first or none"
+            )
+        if reuse == "general" and self.fixed:
+            raise UsageError(
+                f"no question can be cut off what {policy} holds: use reuse media, first or none"
             )
         self.engine, self.policy, self.reuse, self.system = engine, policy, reuse, system
         self.inputs, self.talk = inputs, list[Message]()
         self.held: Held | None = None  # what the caches hold now,
         self.base: Held | None = None  # and when they were new, where they cannot be cut
-        self.fixed = policy.step is not None or policy.storage is not None
         self.last: Turn | None = None  # the turn that writes into the caches
 
     def ask(self, question: str, max_new_tokens: int = 256, temperature: float = 0.0,
@@ -118,10 +126,10 @@ class Session:
         self.settle()
         held = self.base or self.held
         if held is None:
-            if self.reuse != "media" or not self.inputs.media:
+            if self.reuse in ("first", "none") or not self.inputs.media:
                 raise UsageError(
-                    f"nothing is held that could be saved: give the session media, and reuse media "
-                    f"instead of {self.reuse}, or ask a question first"
+                    "nothing is held that could be saved: give the session media, and reuse "
+                    f"general or media instead of {self.reuse}, or ask a question first"
                 )
             turn = self.turn([{"role": "user", "content": "?"}])
             with torch.inference_mode():
@@ -214,7 +222,7 @@ class Turn(Run):
             self.seconds |= {"vision": 0.0, "prefill": 0.0}
             return held.caches, self.extend(held, new)
         session.base = None  # freed before another is made
-        if session.reuse == "media" and media:
+        if session.reuse in ("media", "general") and media:
             held = session.hold(self.read(media))
             return held.caches, self.extend(held, new)
         caches, logits = super().open(new)
@@ -224,12 +232,23 @@ class Turn(Run):
         return caches, logits
 
     def read(self, n: int) -> Held:
-        """Prefills the first n tokens of the prompt alone."""
+        """Prefills the first n tokens of the prompt; for a general question behind them, if such
+        are the session's."""
         engine, [inputs] = self.engine, self.inputs
-        start = Inputs(inputs.input_ids[:n], inputs.is_visual[:n], inputs.media)
+        ids, visual = inputs.input_ids[:n], inputs.is_visual[:n]
+        if self.session.reuse == "general":
+            question = GENERAL[any(m.kind == "video" for m in inputs.media)]
+            asked = self.session.turn([{"role": "user", "content": question}]).inputs[0]
+            rest = slice(read_length(asked), None)
+            ids = torch.cat((ids, asked.input_ids[rest]))
+            visual = torch.cat((visual, asked.is_visual[rest]))
+        start = Inputs(ids, visual, inputs.media)
         notes = engine.take_notes([start], self.policy, ROOM)
         out = engine.prefill([start], self.policy, ROOM, self.seconds, notes, ends=True)
-        return Held(start.input_ids, n, out.caches, notes[0], out.layers)
+        held = Held(ids, n, out.caches, notes[0], out.layers)
+        if not held.cut(n):
+            raise UsageError(f"no question is cut off what {self.policy} holds: use reuse media")
+        return held
 
     def extend(self, held: Held, new: int) -> Tensor:
         """Logits [1, V] of the first new token, once the caches hold the rest of the prompt."""
