@@ -93,6 +93,8 @@ class Engine(Runtime):
             none = torch.empty(0, dtype=torch.long)
             return Session(self, Inputs(none, none.bool(), []), policy, reuse, system)
         inputs = self.prepare("", images, video, frames, fps, start, end, system, reader)
+        if any(m.sha256 for m in inputs.media):
+            raise UsageError("media of a session's file have no pixels: give the files themselves")
         return Session(self, inputs, policy, reuse, system)
 
     def open_session(self, path: str | os.PathLike,
