@@ -34,6 +34,7 @@ from zipvl import cli as zipvl_cli
 from zipvl import report as zipvl_report
 from zipvl.engine import inputs as engine_inputs
 from zipvl.engine import load as engine_load
+from zipvl.engine import session as engine_session
 from zipvl.engine.stats import Stats
 from zipvl.model.decoder import Decoder
 from zipvl.model.vlm import VLM
@@ -1107,13 +1108,73 @@ def test_chat_commands(cli: Cli) -> None:
 
 
 def test_chat_clear_forgets(cli: Cli) -> None:
-    sizes = []
-    prefill = Decoder.prefill
+    """And the media are still there: nothing but questions goes through the model again."""
+    sizes, prefill, extend = [], Decoder.prefill, Decoder.extend
     cli.patch.setattr(
         Decoder, "prefill", lambda *a, **k: sizes.append(len(a[1])) or prefill(*a, **k)
     )
-    cli.chat("What?", "What?", "/clear", "What?")
-    assert sizes[1] > sizes[0] == sizes[2]
+    cli.patch.setattr(Decoder, "extend", lambda *a, **k: sizes.append(len(a[1])) or extend(*a, **k))
+    code, out, _ = cli.chat("What?", "What?", "/clear", "What?", args=("-q", "--dense"))
+    first, _, again = out.splitlines()
+    assert (code, again) == (0, first)
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "extended"), [("general", 2), ("media", 2), ("first", 1), ("none", 0)]
+)
+def test_chat_reuse_is_chosen(cli: Cli, kind: str, extended: int) -> None:
+    """For a general question, or none: the prefill comes before the question."""
+    calls, extend = [], Decoder.extend
+    cli.patch.setattr(Decoder, "extend", lambda *a, **k: calls.append(1) or extend(*a, **k))
+    code, out, err = cli.chat("What?", "And?", args=("--reuse", kind, "--dense"))
+    assert (code, out.count("\n"), len(calls)) == (0, 2, extended), err
+
+
+def test_unknown_reuse(cli: Cli) -> None:
+    code, out, err = cli.ask("--reuse", "all")
+    assert (code, out) == (2, "")
+    assert "unknown reuse 'all': use one of first, general, media, none" in err
+    assert zipvl_cli.REUSE == engine_session.REUSE
+
+
+def test_films_are_saved_and_opened(cli: Cli, tmp_path: Path) -> None:
+    """The answer that the session gave, in less time; a chat about it, too."""
+    film, want = str(tmp_path / "a.zipvl"), cli.ask("--dense")[1]
+    code, out, err = cli.ask("--save", film, "--dense", "--stats")
+    assert (code, out) == (0, want)
+    assert re.search(r"saved .*a\.zipvl: \d+\.\d\d MiB", err)
+    code, out, err = cli("--open", film, "-p", "What happens?", "--max-new-tokens", "6", "--stats")
+    assert (code, out) == (0, want)
+    assert "4 frames" in err
+    assert "Dense()" in err
+    assert re.search(r"prefill .* tokens, \d+/s, and \d+ as they were", err)
+    code, out, err = cli("--open", film, "-p", "What happens?", "--max-new-tokens", "6", "--json")
+    assert strict_json(out)["stats"]["reused"] > 30
+    cli.stdin(Terminal(b"What happens?\n/save %s\n" % str(tmp_path / "b.zipvl").encode()))
+    code, out, err = cli("--open", film, "--max-new-tokens", "6")
+    assert (code, out) == (0, want)
+    assert (tmp_path / "b.zipvl").stat().st_size == (tmp_path / "a.zipvl").stat().st_size
+    code, out, err = cli("--open", film, "-p", "What?", "--max-new-tokens", "2", "--dense", "-q")
+    assert (code, err) == (0, "")
+    for wrong, told in (
+        (("--open", film, "-p", "What?", "--method", "zipvl", "-q"), "saved with Dense"),
+        (
+            ("--open", str(cli.files / "clip.mp4"), "-p", "What?", "-q"),
+            "not a readable safetensors",
+        ),
+        (("--open", film + "x", "-p", "What?", "-q"), "is missing"),
+    ):
+        code, out, err = cli(*wrong)
+        assert (code, out) == (1 + ("--method" in wrong), "")
+        assert told in one_sentence(err)
+    for wrong in (("--open", film, "-v", "a.mp4"), ("--open", film, "--report", "a.html"),
+                  ("--save", "a.txt")):  # fmt: skip
+        assert cli(*wrong, "-p", "What?")[0] == 2
+    cli.stdin(Terminal(f"/video {cli.files / 'clip.mp4'}\nWhat happens?\n".encode()))
+    code, out, err = cli("--open", film, "--max-new-tokens", "6")
+    assert (code, out) == (0, want)
+    assert "have no pixels" in err
 
 
 def test_chat_says_what_it_forgets(cli: Cli) -> None:

@@ -16,6 +16,7 @@ from zipvl.engine.sampler import Sampling
 from zipvl.engine.session import Session
 from zipvl.errors import UsageError
 from zipvl.policies import METHODS, load_policy
+from zipvl.policy import Plan, Policy, View
 
 every_engine = engines
 LIST, FIRST, LAST = "List all objects in order.", "What comes first?", "What comes last?"
@@ -34,9 +35,10 @@ def clip(engine: Engine) -> zipvl.Inputs:
     return inputs
 
 
-def session(engine: Engine, clip: zipvl.Inputs, method: str = "dense",
+def session(engine: Engine, clip: zipvl.Inputs, method: str | Policy = "dense",
             reuse: str = "media") -> Session:  # fmt: skip
-    policy = load_policy(method, **NEEDS.get(method, {}))
+    options = NEEDS.get(method, {}) if isinstance(method, str) else {}
+    policy = load_policy(method, **options)
     return Session(engine, replace(clip, media=list(clip.media)), policy, reuse)
 
 
@@ -57,7 +59,7 @@ def turns(questions: list[str], answers: list[str]) -> list[dict[str, str]]:
 # --- answers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reuse", ["media", "first", "none"])
+@pytest.mark.parametrize("reuse", ["media", "general", "first", "none"])
 def test_dense_answers_are_those_of_whole_prompts(
     engine: Engine, clip: zipvl.Inputs, reuse: str
 ) -> None:
@@ -94,11 +96,14 @@ def test_64_tokens_of_hugging_face(every_engine: Callable, oracle: Callable, kin
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("reuse", ["media", "first"])
+@pytest.mark.parametrize("reuse", ["media", "general", "first"])
 def test_every_method_goes_on(engine: Engine, clip: zipvl.Inputs, method: str, reuse: str) -> None:
     """Three questions, a rewind, and the same again: nothing of a talk stays behind."""
-    if method == "sgl" and reuse == "media":
-        with pytest.raises(UsageError, match="reuse first or none"):
+    policy = load_policy(method, **NEEDS.get(method, {}))
+    if (reuse == "media" and policy.scout) or (
+        reuse == "general" and (policy.step or policy.storage)
+    ):
+        with pytest.raises(UsageError, match="first or none"):
             session(engine, clip, method, reuse)
         return
     held, answers = session(engine, clip, method, reuse), []
@@ -134,6 +139,36 @@ def test_media_first_is_a_prompt_cut_behind_them(
                 tokens.append(int(engine.model.logits(hidden).argmax()))
     held = session(engine, clip, method)
     assert held.ask(LIST, max_new_tokens=9).tokens == tokens[: len(held.last.tokens[0])]
+
+
+def test_a_general_question_is_asked_and_forgotten(engine: Engine, clip: zipvl.Inputs) -> None:
+    """What a prompt with it keeps of the media, whatever is asked."""
+    method, policy = "zipvl-stream:tau=0.8", load_policy("zipvl-stream:tau=0.8")
+    inputs = engine.prepare("Describe the video.", video=clip.media)
+    with torch.inference_mode():
+        out = engine.prefill([inputs], policy, 0, {}, ends=True)
+    held = session(engine, clip, method, "general")
+    first = held.ask(LAST, max_new_tokens=12)
+    n = held.held.read
+    for mine, whole in zip(held.held.caches, out.caches, strict=True):
+        slots = whole.before(n)
+        for one, two in zip(mine.view(0), whole.view(0), strict=True):
+            assert torch.equal(one[:slots], two[:slots])
+    other = session(engine, clip, method, "general")
+    other.ask(FIRST, max_new_tokens=12)
+    other.rewind()
+    assert other.ask(LAST, max_new_tokens=12).tokens == first.tokens
+    with pytest.raises(UsageError, match="no question is cut off"):
+        session(engine, clip, Each(), "general").ask(LAST)
+
+
+class Each(Policy):
+    """The first head keeps the first half of the tokens, the others the last."""
+
+    def plan(self, view: View) -> Plan:
+        G, T = len(view.k), view.length
+        half = torch.arange(T // 2)
+        return Plan(cache=torch.stack([half] + [half + T - T // 2] * (G - 1)))
 
 
 def test_the_first_question_may_choose(engine: Engine, clip: zipvl.Inputs) -> None:

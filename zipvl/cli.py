@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from . import __version__
-from .errors import UsageError, ZipvlError
+from .errors import UsageError
 from .report import (
     as_json,
     fault,
@@ -34,7 +34,6 @@ from .report import (
     open_streams,
     plain,
     progress_lines,
-    read_line,
     say,
     summary,
 )
@@ -42,14 +41,12 @@ from .vision.source import seconds
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
-    from .engine.inputs import ImageSource, Inputs, Message, VideoSource
-    from .engine.run import Result
+    from .engine.inputs import Inputs
+    from .engine.run import Result, Run
+    from .engine.sampler import Sampling
     from .policy import Policy
 
-HELP = (
-    "/image FILE and /video FILE add media; /clear forgets the talk; "
-    "/stats shows the last answer's statistics; /quit leaves"
-)
+REUSE = ("first", "general", "media", "none")  # as engine/session.py
 
 # Every option: its names and what its value is called; its default, or what reads a value without
 # one (False: a switch without a value, []: may be repeated); help.
@@ -59,6 +56,8 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("-v --video FILE", [], "a video; may be repeated"),
         ("-i --image FILE", [], "a picture; may be repeated"),
         ("-p --prompt TEXT", str, "the question; - reads stdin; none on a terminal: chat"),
+        ("--open FILE", str, "what --save kept, in place of -v and -i"),
+        ("--save FILE", str, "keeps what was read, for later: FILE.zipvl"),
         ("--system TEXT", str, "system prompt"),
         ("--template NAME", str, "prompt template: a built-in name or a .jinja file"),
     ],
@@ -85,6 +84,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("--keep-ratio R", float, "share of tokens kept (methods with a ratio)"),
         ("--probe R+R", str, "probe rows, recent+random (zipvl; default 64+64)"),
         ("--kv-bits B", str, "cache bits: 4; or 4/2: all stay, some at 2 (zipvl)"),
+        ("--reuse KIND", "first", "of a chat: chosen for the first question, or general"),
     ],
     "the machine": [
         ("--device DEVICE", "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
@@ -103,6 +103,13 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
 }
 
 
+class Help(argparse.HelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """As Python 3.13 does it: what a value is called stands there once."""
+        value = f" {action.metavar}" if action.metavar else ""
+        return ", ".join(action.option_strings) + value
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(plain(message))
@@ -116,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask a LLaVA-family model about pictures and videos: "
         '%(prog)s -v clip.mp4 -p "What happens?"',
         allow_abbrev=False,
+        formatter_class=Help,
     )
     for title, rows in OPTIONS.items():
         add = parser.add_argument_group(title).add_argument
@@ -150,9 +158,10 @@ def split_methods(text: str) -> list[str]:
 def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Faults of the command line that need no torch to be seen; reads a prompt from stdin.
 
-    Puts the methods to run into `a.methods`.
+    Puts the methods to run into `a.methods`, whether the user chose one into `a.chosen`.
     """
     choices = (a.method, a.tau, a.keep_ratio, a.probe, a.kv_bits)
+    a.chosen = a.dense or any(choice is not None for choice in choices)
     if a.dense and any(choice is not None for choice in choices):
         parser.error(
             "--dense keeps every token in full precision: leave out --method, --tau, --keep-ratio, "
@@ -161,7 +170,7 @@ def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     a.methods = ["dense" if a.dense else a.method or "zipvl"]
     if a.compare is not None:
         a.methods = split_methods(a.compare)
-        if a.dense or any(choice is not None for choice in choices):
+        if a.chosen:
             parser.error(
                 "--compare names its methods and their options: leave out --dense, --method, "
                 "--tau, --keep-ratio, --probe and --kv-bits, and write zipvl:tau=0.9"
@@ -170,6 +179,10 @@ def check(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             parser.error(f"--compare {a.compare}: give two or more different methods, with commas")
     if a.prompt is None and (a.compare or a.report):
         parser.error("--compare and --report are for one question: give -p TEXT")
+    if a.open and (a.video or a.image or a.system):
+        parser.error("--open has media and system prompt in its file: leave out -v, -i, --system")
+    if (a.open or a.save) and (a.compare or a.report):
+        parser.error("--compare and --report read media anew: leave out --open and --save")
     if a.prompt is None and not sys.stdin.isatty():
         parser.error("no prompt: give -p TEXT, or -p - to read it from standard input")
     if a.prompt is None and a.json:
@@ -208,6 +221,7 @@ def check_values(a: argparse.Namespace) -> None:
         (0 <= a.temperature < math.inf, f"temperature is {a.temperature}: give 0 (greedy) or more"),
         (0 < a.top_p <= 1, f"top_p is {a.top_p}: give a share above 0 and up to 1"),
         (a.top_k >= 0, f"top_k is {a.top_k}: give 0 (off) or more"),
+        (a.reuse in REUSE, f"unknown reuse {a.reuse!r}: use one of {', '.join(REUSE)}"),
         (abs(a.seed) < 2**63, f"seed is {a.seed}: give a whole number of at most 63 bits"),
     ):
         if not valid:
@@ -227,16 +241,19 @@ def check_media(a: argparse.Namespace) -> None:
     for path in a.image:
         check_image(path)
     if a.report is not None:
-        check_report(a.report)
+        check_target("--report", a.report, (".html", ".htm"))
+    if a.save is not None:
+        check_target("--save", a.save, (".zipvl",))
 
 
-def check_report(path: str) -> None:
-    """Only a page is ever replaced: no video, no device, no pipe."""
+def check_target(option: str, path: str, endings: tuple[str, ...]) -> None:
+    """Only a file of the same kind is ever replaced: no video, no device, no pipe."""
     folder = os.path.join(os.path.dirname(path), ".")  # a file has no dot
     odd = os.path.exists(path) and not os.path.isfile(path)
-    if odd or not os.access(folder, os.W_OK) or not path.lower().endswith((".html", ".htm")):
+    if odd or not os.access(folder, os.W_OK) or not path.lower().endswith(endings):
+        kind = f"{'an' if endings[0] == '.html' else 'a'} {endings[0]}"
         raise UsageError(
-            f"--report {path} cannot be written: name an .html file in a folder you may write to"
+            f"{option} {path} cannot be written: name {kind} file in a folder you may write to"
         )
 
 
@@ -246,6 +263,8 @@ def check_prompt(a: argparse.Namespace) -> None:
         raise UsageError("the prompt is empty: give -p TEXT, or some text on standard input")
     if any("\ud800" <= letter <= "\udfff" for letter in a.prompt):
         raise UsageError("the prompt is not valid Unicode text: pass it as UTF-8")
+    if a.open:
+        return  # whose media are told when it is opened
     demo = a.model is None and not a.image and not a.video
     for kind, given in (("image", len(a.image)), ("video", len(a.video) or demo)):
         if (n := a.prompt.count(f"<{kind}>")) not in (0, given):
@@ -263,10 +282,14 @@ def run(a: argparse.Namespace) -> int:
     policies = [load_policy(method, **options) for method in a.methods]
     progress = not a.quiet and (sys.stderr.isatty() or progress_lines)
     engine = load(a.model, a.device, a.dtype, a.attn, a.template, progress, a.weights, a.kernels)
-    if a.model is None and not a.video and not a.image:
+    if not (a.model or a.video or a.image or a.open):
         a.video = [str(demo_clip())]
-    session = Session(engine, policies, a)
-    return session.chat() if a.prompt is None else session.ask(a.prompt)
+    asker = Asker(engine, policies, a)
+    if a.prompt is None or a.open or a.save:
+        from .talk import Talk
+
+        return Talk(engine, asker, a).run()
+    return asker.ask(a.prompt)
 
 
 @contextmanager
@@ -321,65 +344,47 @@ def main(argv: list[str] | None = None) -> int:
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
-class Session:
-    """One engine, its media and options, asked once or in a chat."""
+class Asker:
+    """One engine and its options: asks one question, about media read for it."""
 
     def __init__(self, engine: Engine, policies: list[Policy], args: argparse.Namespace) -> None:
         self.engine, self.policies, self.args = engine, policies, args
-        self.images: list[ImageSource] = args.image  # files; once they are read, what they hold
-        self.videos: list[VideoSource] = args.video
         self.said: list[str] = []  # what the user knows of the setting
 
-    def prepare(
-        self,
-        prompt: str | list[Message],
-        images: list[ImageSource] | None = None,
-        videos: list[VideoSource] | None = None,
-    ) -> Inputs:
-        """`prompt` with its media (None: as before), which later prompts take as they were read;
-        says what will run, of which a chat repeats nothing."""
-        a = self.args
-        images, videos = images or self.images, videos or self.videos
-        frames: int | Literal["auto"] = a.frames or "auto"
-        inputs = self.engine.prepare(
-            prompt, images, videos, frames, a.fps, a.start, a.end, a.system, a.reader
-        )
-        self.images = [m for m in inputs.media if m.kind == "image"]
-        self.videos = [m for m in inputs.media if m.kind == "video"]
-        if not a.quiet:
-            setting = headline(self.engine, self.policies, inputs, short=a.prompt is None)
-            warnings = [f"warning: {warning}" for warning in inputs.warnings]
-            news = "; ".join(part for part in setting if part not in self.said)
-            for line in (news, *(w for w in warnings if w not in self.said)):
-                if line:
-                    say(line)
-            self.said = setting + warnings
-        return inputs
-
-    def add(self, command: str, path: str) -> None:
-        """One more medium, read at once; nothing changes where that fails."""
-        if command == "/video":
-            self.prepare("", videos=[*self.videos, path])
-        else:  # pictures are read again, as some models cut a lone one differently
-            files = [*self.args.image, path]
-            self.prepare("", images=files)
-            self.args.image = files
+    def announce(self, inputs: Inputs, policies: list[Policy]) -> None:
+        """Says what will run, and of a chat's prompts what changed."""
+        if self.args.quiet:
+            return
+        setting = headline(self.engine, policies, inputs, short=self.args.prompt is None)
+        warnings = [f"warning: {warning}" for warning in inputs.warnings]
+        news = "; ".join(part for part in setting if part not in self.said)
+        for line in (news, *(w for w in warnings if w not in self.said)):
+            if line:
+                say(line)
+        self.said = setting + warnings
 
     def answer(self, inputs: Inputs, policy: Policy, silent: bool) -> Result:
-        """Streams one answer, or is `silent`. Where Ctrl-C ended it, finish_reason is "interrupted"
-        and the statistics are those of what was done."""
+        """follow() of a run of its own."""
         from .engine.run import Run
+
+        return self.follow(Run(self.engine, [inputs], policy, self.sampling()), silent)
+
+    def sampling(self) -> Sampling:
         from .engine.sampler import Sampling
 
-        a, text, words = self.args, "", self.engine.chat.detokenizer()
-        run = Run(self.engine, [inputs], policy, Sampling(a.temperature, a.top_p, a.top_k, a.seed))
+        return Sampling(*(getattr(self.args, x) for x in ("temperature", "top_p", "top_k", "seed")))
+
+    def follow(self, run: Run, silent: bool) -> Result:
+        """Streams the answer of a run, or is `silent`. Where Ctrl-C ended it, finish_reason is
+        "interrupted" and the statistics are those of what was done."""
+        text, words = "", self.engine.chat.detokenizer()
 
         def show(piece: str) -> str:
             print("" if silent else piece, end="", flush=True)
             return piece
 
         try:
-            for made in run.steps(a.max_new_tokens, ignore_eos=False):
+            for made in run.steps(self.args.max_new_tokens, ignore_eos=False):
                 for _, token in made:
                     text += show(words.push(token))
             text += show(words.flush())
@@ -390,60 +395,23 @@ class Session:
 
     def ask(self, prompt: str) -> int:
         """One question; returns the exit code."""
-        a, inputs = self.args, self.prepare(prompt)
+        a = self.args
+        frames: int | Literal["auto"] = a.frames or "auto"
+        inputs = self.engine.prepare(
+            prompt, a.image, a.video, frames, a.fps, a.start, a.end, a.system, a.reader
+        )
+        self.announce(inputs, self.policies)
         if a.compare or a.report:
             from .compare import study
 
             return study(a, self.engine, self.policies, self.answer, prompt, inputs)
-        result = self.answer(inputs, self.policies[0], silent=a.json)
+        return self.tell(inputs, self.answer(inputs, self.policies[0], silent=a.json))
+
+    def tell(self, inputs: Inputs, result: Result) -> int:
+        """What the options want to know of an answer; the exit code."""
+        a = self.args
         if a.json:
             print(json.dumps(as_json(self.engine, inputs, result, a.model, a.seed)), flush=True)
         if a.stats:
             say(summary(result.stats))
         return 130 if result.finish_reason == "interrupted" else 0
-
-    def chat(self) -> int:
-        """Questions about the same media until /quit or end of input."""
-        with suppress(ImportError):  # Windows
-            import readline  # noqa: F401  input() then edits lines and remembers them
-        if self.images or self.videos:
-            self.prepare("")
-        if not self.args.quiet:
-            say(HELP)
-        self.talk: list[Message] = []
-        self.last: Result | None = None
-        while True:
-            try:
-                line = read_line()
-            except (EOFError, KeyboardInterrupt) as e:
-                say()
-                return 130 if isinstance(e, KeyboardInterrupt) else 0
-            if line in ("/quit", "quit", "exit"):
-                return 0
-            try:
-                self.obey(line)
-            except KeyboardInterrupt:  # while media were read or a prompt was prepared
-                say()
-            except ZipvlError as e:
-                say(f"error: {fault(e)[1]}")
-
-    def obey(self, line: str) -> None:
-        """One line of a chat: a command, or a question."""
-        command, _, path = line.partition(" ")
-        if command in ("/image", "/video") and path:
-            self.add(command, path.strip())
-            if self.talk:
-                say("the talk so far is forgotten: its answers did not know this file")
-            self.talk = []
-        elif command == "/clear":
-            self.talk = []
-        elif command == "/stats":
-            say(summary(self.last.stats) if self.last else "nothing asked yet")
-        elif command in ("/help", "/image", "/video"):
-            say(HELP)
-        elif line.startswith("/"):
-            say(f"unknown command {command}; {HELP}")
-        elif line:
-            asked = [*self.talk, {"role": "user", "content": line}]
-            self.last = self.answer(self.prepare(asked), self.policies[0], silent=False)
-            self.talk = [*asked, {"role": "assistant", "content": self.last.text}]

@@ -283,8 +283,10 @@ class Storage(Protocol):
     """How a method's caches store keys and values; model/cache_quant.py has the choices."""
 
     def store(self, room: int) -> Callable[[list[Any]], Any]:
-        """What builds a layer's cache of `Kept` tokens (model/cache.py) with room for new ones; one
-        for all layers of a prefill."""
+        """What builds a prefill's caches of `Kept` tokens (model/cache.py), with room for more."""
+
+    def restore(self, room: int) -> Callable[[dict[str, Tensor]], Any]:
+        """The same of what their saved() gave."""
 
     def nbytes(self, precise: int, others: int, room: int, G: int, D: int, item: int) -> int:
         """Bytes of one sequence in one layer by formula; `item` bytes a full number."""
@@ -350,9 +352,8 @@ def ask(verb: Callable[[Any], Plan], view: AnyView) -> Plan:
 
 def ask_all(verb: Callable[[Any], Plan], views: Iterable[AnyView]) -> list[Plan]:
     """The answers for all sequences of a batch, their masks as indices. Raises UsageError that
-    names a verb which fails, gives no Plan, or a Plan of anything but indices into the view: the
-    method may be anybody's. Raises ModelError where attention was no number: who ranks tokens by it
-    chose blindly."""
+    names a verb which fails, gives no Plan, or a Plan of anything but indices into the view, and
+    ModelError where attention was no number: who ranks tokens by it chose blindly."""
     plans: list[Plan] = []
     masks: dict[int, Tensor] = {}
     sums: list[tuple[int, Tensor]] = []

@@ -133,10 +133,12 @@ def summary(stats: Stats) -> str:
     s, new, mib = stats.seconds, stats.new_tokens, 2**20
     inside = {k.removeprefix("prefill_"): v for k, v in s.items() if k.startswith("prefill_")}
     made = "1 token" if new == 1 else f"{new} tokens, {stats.decode_rate:.1f}/s"
+    before = f", and {stats.reused} as they were" if stats.reused else ""
     rows = {
         "video": f"{len(stats.frames)} frames",
         "vision": f"{stats.visual_tokens} visual tokens",
-        "prefill": f"{stats.prompt_tokens} tokens, {stats.prefill_rate:.0f}/s",
+        "prefill": f"{stats.prompt_tokens - stats.reused} tokens, {stats.prefill_rate:.0f}/s"
+        + before,
         "decode": made,
     }
     lines = [f"{name:<8} {s[name]:8.3f} s   {what}" for name, what in rows.items() if name in s]

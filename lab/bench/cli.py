@@ -10,6 +10,7 @@
     python bench.py memory  --tokens 2048,8192 --methods dense,fixed:ratio=0.3
     python bench.py e2e     --frames 8,32 --methods dense,zipvl [--model PATH] [--video FILE]
     python bench.py frames  --frames 64,512 [--model PATH] [--video FILE]
+    python bench.py sessions --frames 1024 --methods dense,zipvl [--model PATH] [--video FILE]
 
 Weights are random, in the shape of a real model, so speed is real and answers are not. Every figure
 is a median with its minimum and maximum over interleaved repeats; ratios are taken within a repeat,
@@ -35,6 +36,7 @@ from .methods import bench_methods
 from .model import DTYPES, SHAPES, Model
 from .plot import draw
 from .projections import bench_linear, bench_projections
+from .sessions import bench_sessions, shown
 from .timing import CLOCKS, machine, spread
 
 BENCHES = {
@@ -49,6 +51,7 @@ ALONE = {
     "memory": bench_memory,
     "e2e": bench_e2e,
     "frames": bench_frames,
+    "sessions": bench_sessions,
 }  # these make the models they need
 
 
@@ -162,6 +165,7 @@ def line(row: dict) -> str:
             for part in ("attention", "decide", "leave")
         ]
         parts += [f"{part} {value} dense" for part, value in row["times_dense"].items()]
+    parts += shown(row) if "questions" in row else []
     parts += [f"{value} of {base}'s throughput" for base, value in row.get("gain", {}).items()]
     parts += [f"{value} as fast as {base}" for base, value in row.get("faster_than", {}).items()]
     return " | ".join(parts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from zipvl.cli import split_methods
 
 from ..command import Parser, count, counts, ended, seed
-from . import fixed, methods, niah, probes, rivals, stale, stays, summary, tau
+from . import fixed, methods, niah, probes, rivals, stale, stays, summary, tau, turns
 from .runner import Job, policy
 
 Run = Callable[[Job], None]
@@ -35,6 +35,7 @@ EXPERIMENTS: dict[str, tuple[Run, str]] = {
     ),
     "probes": (probes.run, "which probe rows find what all rows find, and what they answer"),
     "niah": (niah.run, "one frame in a long video, against length"),
+    "turns": (turns.run, "what a session may reuse: the 1st, 2nd and 5th question about a clip"),
     "text_probes": (probes.run_text, "probe rows on a text decoder, against length"),
     "text_fixed": (fixed.run_text, "a fixed ratio against the adaptive one on a text decoder"),
     "text_tau": (tau.run_text, "loss of a text decoder against tau and attention work"),

@@ -5,6 +5,7 @@
 What these steps do is in run.py.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Literal, cast
 
@@ -83,7 +84,7 @@ class Engine(Runtime):
                 video: VideoSource | Sequence[VideoSource] | None = None,
                 frames: int | Literal["auto"] | None = "auto", fps: float | None = None,
                 start: float | None = None, end: float | None = None, system: str | None = None,
-                method: str | Policy = "zipvl", reuse: str = "media",
+                method: str | Policy = "zipvl", reuse: str = "first",
                 reader: str = "pyav") -> Session:  # fmt: skip
         """Many questions about media that are read and prefilled once (session.py); the first one
         waits for the prefill. Media, frames and reader as in prepare()."""
@@ -92,7 +93,15 @@ class Engine(Runtime):
             none = torch.empty(0, dtype=torch.long)
             return Session(self, Inputs(none, none.bool(), []), policy, reuse, system)
         inputs = self.prepare("", images, video, frames, fps, start, end, system, reader)
+        if any(m.sha256 for m in inputs.media):
+            raise UsageError("media of a session's file have no pixels: give the files themselves")
         return Session(self, inputs, policy, reuse, system)
+
+    def open_session(self, path: str | os.PathLike,
+                     method: str | Policy | None = None) -> Session:  # fmt: skip
+        """The session that Session.save wrote, ready for questions; `method` need be named where
+        it is not a built-in one. Raises UsageError, ModelError."""
+        return Session.opened(self, path, method)
 
     def prepared(self, inputs: Inputs | str, images: Sequence[ImageSource],
                  video: VideoSource | Sequence[VideoSource] | None) -> Inputs:  # fmt: skip

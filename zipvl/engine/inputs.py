@@ -41,6 +41,7 @@ class Media:
     clip: Clip | None = None  # which frames a video gave; its pixels are `crops`
     features: Tensor | None = None  # [tokens, C] once encoded, so that a second question is cheaper
     received: Tensor | None = None  # [tokens, 2] once a method asked (PromptView.received)
+    sha256: str = ""  # of its features, where a session's file stands for them and the pixels
 
 
 ImageSource = str | os.PathLike | Image.Image | Media

@@ -69,7 +69,7 @@ def load(
     name = str(kind).removeprefix("torch.")
     beside = {"device": str(place), "dtype": name, "show_progress": progress, "kernels": kernels}
     guides = Guides(str(model or "demo"), beside)
-    return Engine(vlm, chat, backend, attend, progress, GraphStep if fast else Step, guides)
+    return Engine(vlm, chat, backend, attend, progress, GraphStep if fast else Step, guides, folder)
 
 
 @dataclass

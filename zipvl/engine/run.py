@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -108,8 +109,10 @@ class Runtime:
 
     def __init__(self, model: VLM, chat: Chat, backend: str, attend: Attend,
                  progress: Progress = silent, step: type[Step] = Step,
-                 guided: Guided | None = None):  # fmt: skip
+                 guided: Guided | None = None, source: Path | None = None):  # fmt: skip
+        """`source`: the checkpoint's folder, for those who have to know it again."""
         self.model, self.chat, self.config = model, chat, model.config
+        self.source = source
         self.backend, self.attend = backend, attend
         self.progress, self.step, self.guided = progress, step, guided
         self.chunk = CHUNK.get(model.device.type)

@@ -10,14 +10,18 @@ what was read.
 
 What a method kept of the media it chose at some time, and later questions have no say in it:
 
-    reuse="media"   from the media alone, before any question
-    reuse="first"   from the first question's prompt
-    reuse="none"    for every question anew: nothing is reused but the features of the media
+    reuse="first"     for the first question; what its prompt made it keep stays
+    reuse="general"   for a general question, which is then cut off: no question changes another
+    reuse="media"     for the media alone
+    reuse="none"      for every question anew: nothing is reused but the features of the media
+
+What each costs in right answers is measured in docs/sessions.md: "first" least, "media" most.
 """
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -26,41 +30,15 @@ from torch import Tensor
 from ..errors import DAMAGED, ModelError, UsageError, memory_errors
 from ..model.cache import Cache
 from ..model.decoder import is_finite
-from ..policy import Notes, Policy
+from ..policy import Policy
+from .film import Film, Held, load, save
 from .inputs import Inputs, Message
 from .run import ROOM, Piece, Result, Run, Runtime, keep
 from .sampler import Sampling
-from .stats import Clock, LayerStats
+from .stats import Clock
 
-REUSE = ("media", "first", "none")
-
-
-@dataclass
-class Held:
-    """What caches hold: the beginning of a prompt."""
-
-    ids: Tensor  # [n]
-    read: int  # of these, so many are the system prompt and the media
-    caches: list[Cache]
-    notes: Notes
-    layers: list[LayerStats]  # of the prefill that made them
-
-    def common(self, ids: Tensor) -> int:
-        """How many tokens it has in common with the beginning of a prompt, but for its last one."""
-        n = min(len(self.ids), len(ids) - 1)
-        differ = (self.ids[:n] != ids[:n]).nonzero()
-        return int(differ[0]) if len(differ) else n
-
-    def cut(self, n: int) -> bool:
-        """Leaves the first n tokens, and nothing of what a broken step left, if caches can do so;
-        else they are of no use any more."""
-        self.ids = self.ids[:n]
-        return all(cache.cut(self.notes.at(n)) for cache in self.caches)
-
-    def copy(self) -> "Held":
-        notes = copy.copy(self.notes)
-        notes.update(copy.deepcopy(dict(notes)))
-        return replace(self, caches=[cache.copy() for cache in self.caches], notes=notes)
+REUSE = ("first", "general", "media", "none")
+GENERAL = {True: "Describe the video.", False: "Describe the picture."}  # whether there is a video
 
 
 class Session:
@@ -71,15 +49,19 @@ class Session:
         """`inputs`: a prompt with the media. Raises UsageError."""
         if reuse not in REUSE:
             raise UsageError(f"unknown reuse {reuse!r}: use one of {', '.join(REUSE)}")
+        self.fixed = policy.step is not None or policy.storage is not None
         if reuse == "media" and policy.scout is not None:
             raise UsageError(
                 f"{policy} answers the question first to choose tokens: use reuse first or none"
+            )
+        if reuse == "general" and self.fixed:
+            raise UsageError(
+                f"no question can be cut off what {policy} holds: use reuse media, first or none"
             )
         self.engine, self.policy, self.reuse, self.system = engine, policy, reuse, system
         self.inputs, self.talk = inputs, list[Message]()
         self.held: Held | None = None  # what the caches hold now,
         self.base: Held | None = None  # and when they were new, where they cannot be cut
-        self.fixed = policy.step is not None or policy.storage is not None
         self.last: Turn | None = None  # the turn that writes into the caches
 
     def ask(self, question: str, max_new_tokens: int = 256, temperature: float = 0.0,
@@ -106,7 +88,7 @@ class Session:
         turn = self.turn(messages, Sampling(temperature, top_p, top_k, seed))
         return turn.pieces(max_new_tokens, ignore_eos=False)
 
-    def turn(self, messages: Sequence[Message], sampling: Sampling) -> "Turn":
+    def turn(self, messages: Sequence[Message], sampling: Sampling | None = None) -> "Turn":
         """The run that will answer a conversation: its prompt is made, and nothing is computed."""
         media, read = self.inputs.media, self.inputs
         pictures, videos = ([m for m in media if m.kind == kind] for kind in ("image", "video"))
@@ -115,7 +97,7 @@ class Session:
             inputs.seconds += read.seconds
             inputs.vision_seconds += read.vision_seconds
             inputs.warnings, read.reported = read.warnings, True
-        return Turn(self, inputs, sampling)
+        return Turn(self, inputs, sampling or Sampling())
 
     def rewind(self) -> None:
         """Forgets the talk; what was read of the media stays."""
@@ -137,6 +119,44 @@ class Session:
         caches = [c for held in (self.held, self.base) if held for c in held.caches]
         media = [t for m in self.inputs.media for t in (m.crops, m.features) if t is not None]
         return sum(c.nbytes for c in caches) + sum(t.nbytes for t in media)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what was read to FILE.zipvl, without the talk (film.py); reads it first where
+        nothing was asked yet. Raises UsageError, ModelError, OutOfMemory."""
+        self.settle()
+        held = self.base or self.held
+        if held is None:
+            if self.reuse in ("first", "none") or not self.inputs.media:
+                raise UsageError(
+                    "nothing is held that could be saved: give the session media, and reuse "
+                    f"general or media instead of {self.reuse}, or ask a question first"
+                )
+            turn = self.turn([{"role": "user", "content": "?"}])
+            with torch.inference_mode():
+                held = self.hold(turn.read(read_length(turn.inputs[0])))
+        if self.fixed and held.read < len(held.ids):
+            raise UsageError(
+                f"what {self.policy} holds cannot be parted from the first question: make the "
+                "session with reuse media to save it"
+            )
+        save(self.engine, Film(self.inputs, self.policy, self.reuse, self.system, held), path)
+
+    @classmethod
+    def opened(cls, engine: Runtime, path: str | os.PathLike,
+               method: str | Policy | None = None) -> "Session":  # fmt: skip
+        """The session that was saved to a file. Raises UsageError, ModelError."""
+        film = load(engine, path, method)
+        session = cls(engine, film.inputs, film.policy, film.reuse, film.system)
+        held = session.hold(film.held)
+        first = session.turn([{"role": "user", "content": "?"}]).inputs[0].input_ids
+        if held.common(first) < len(held.ids):
+            raise ModelError(f"{path} was saved with another prompt template or tokenizer")
+        return session
+
+    def hold(self, held: Held) -> Held:
+        """Caches that were made just now."""
+        self.held, self.base = held, held.copy() if self.fixed else None
+        return held
 
     def settle(self) -> None:
         """What the last turn put into the caches is theirs from now on."""
@@ -191,32 +211,43 @@ class Turn(Run):
         """Prefills, or extends, what the session holds of the prompt."""
         session, [inputs] = self.session, self.inputs
         held, media = session.shared(inputs), read_length(inputs)
+        if held is None and any(m.sha256 for m in inputs.media):
+            raise UsageError(
+                "this session's file holds no pixels to read again: leave the media first, and the "
+                "talk as it was"
+            )
         session.last, session.held = self, held
         if held is not None:
             self.reused = len(held.ids)
             self.seconds |= {"vision": 0.0, "prefill": 0.0}
             return held.caches, self.extend(held, new)
         session.base = None  # freed before another is made
-        if session.reuse == "media" and media:
-            held = self.hold(self.read(media))
+        if session.reuse in ("media", "general") and media:
+            held = session.hold(self.read(media))
             return held.caches, self.extend(held, new)
         caches, logits = super().open(new)
         if session.reuse != "none":
-            self.hold(Held(inputs.input_ids, media, caches, self.notes[0], self.layers))
+            session.hold(Held(inputs.input_ids, media, caches, self.notes[0], self.layers))
             self.opened = True
         return caches, logits
 
     def read(self, n: int) -> Held:
-        """Prefills the first n tokens of the prompt alone."""
+        """Prefills the first n tokens of the prompt; for a general question behind them, if such
+        are the session's."""
         engine, [inputs] = self.engine, self.inputs
-        start = Inputs(inputs.input_ids[:n], inputs.is_visual[:n], inputs.media)
+        ids, visual = inputs.input_ids[:n], inputs.is_visual[:n]
+        if self.session.reuse == "general":
+            question = GENERAL[any(m.kind == "video" for m in inputs.media)]
+            asked = self.session.turn([{"role": "user", "content": question}]).inputs[0]
+            rest = slice(read_length(asked), None)
+            ids = torch.cat((ids, asked.input_ids[rest]))
+            visual = torch.cat((visual, asked.is_visual[rest]))
+        start = Inputs(ids, visual, inputs.media)
         notes = engine.take_notes([start], self.policy, ROOM)
         out = engine.prefill([start], self.policy, ROOM, self.seconds, notes, ends=True)
-        return Held(start.input_ids, n, out.caches, notes[0], out.layers)
-
-    def hold(self, held: Held) -> Held:
-        session = self.session
-        session.held, session.base = held, held.copy() if session.fixed else None
+        held = Held(ids, n, out.caches, notes[0], out.layers)
+        if not held.cut(n):
+            raise UsageError(f"no question is cut off what {self.policy} holds: use reuse media")
         return held
 
     def extend(self, held: Held, new: int) -> Tensor:

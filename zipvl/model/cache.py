@@ -69,6 +69,7 @@ class Cache(Protocol):
     def stride(self) -> list[int]: ...
     def cut(self, first: int) -> bool: ...
     def copy(self) -> "Cache": ...
+    def saved(self, first: int) -> dict[str, Tensor] | None: ...
     def read(self) -> tuple[Tensor, Tensor, Spans]: ...
     def places(self, sequence: int) -> Tensor: ...
     def due(self, sequence: int) -> int: ...
@@ -82,6 +83,7 @@ class Cache(Protocol):
 
 
 Store = Callable[[list[Kept]], Cache]
+Restore = Callable[[dict[str, Tensor]], Cache]
 
 
 class LayerCache:
@@ -114,17 +116,39 @@ class LayerCache:
         """How many tokens of each sequence may follow at once."""
         return [self.spans.free([b]) for b in range(len(self.spans))]
 
-    def cut(self, first: int) -> bool:
-        """Lets go of a lone sequence's tokens from position `first` on, where they are its last
-        slots, the same in every head. Returns whether they are."""
-        [at] = self.spans.own()
-        late = self.positions[at] >= first  # [n, G]
+    def before(self, first: int) -> int | None:
+        """How many of a lone sequence's slots, its first ones, hold the tokens before position
+        `first`, summaries included; None where others lie between them in some head."""
+        late = self.places(0) >= first  # [n, G]
         stay = len(late) - int(late[:, 0].sum())
         last = torch.arange(len(late), device=late.device) >= stay
         if not torch.equal(late, last[:, None].expand_as(late)):
-            return False
-        self.spans.shrink([self.spans.lengths[0] - len(late) + stay])
-        return True
+            return None
+        return self.spans.lengths[0] - len(late) + stay
+
+    def cut(self, first: int) -> bool:
+        """Lets go of a lone sequence's tokens from position `first` on. Returns whether it can."""
+        n = self.before(first)
+        if n is not None:
+            self.spans.shrink([n])
+        return n is not None
+
+    def saved(self, first: int) -> dict[str, Tensor] | None:
+        """What restored() makes a cache of, that holds a lone sequence's tokens before position
+        `first`; None where it cannot be."""
+        n, spans = self.before(first), self.spans
+        merged = [spans.merged[0] if spans.merged else 0, spans.weights[0]]
+        k, v, at = (t[:n] for t in self.view(0))
+        at = at[:, :1] if bool((at == at[:, :1]).all()) else at  # mostly, heads keep the same
+        parts = {"k": k, "v": v, "positions": at, "merged": torch.tensor(merged).double()}
+        return None if n is None else parts
+
+    @classmethod
+    def restored(cls, saved: dict[str, Tensor], room: int) -> "LayerCache":
+        """The cache of one sequence that was saved, with `room` for new tokens."""
+        m, weight = saved["merged"].tolist()
+        at = saved["positions"].expand(-1, saved["k"].shape[1])
+        return cls([Kept(saved["k"], saved["v"], at, merged=int(m), weight=weight)], room)
 
     def read(self) -> tuple[Tensor, Tensor, Spans]:
         """k, v [slots, G, D] of all sequences and where each lies, no copy."""
@@ -193,6 +217,11 @@ class LayerCache:
 def store_as(storage: Storage | None, room: int) -> Store:
     """What builds the caches of one prefill as a method stores them, with `room` for new tokens."""
     return partial(LayerCache, room=room) if storage is None else storage.store(room)
+
+
+def restore_as(storage: Storage | None, room: int) -> Restore:
+    """The same for caches that were saved."""
+    return partial(LayerCache.restored, room=room) if storage is None else storage.restore(room)
 
 
 def moved(x: Tensor, leave: Tensor) -> Tensor:

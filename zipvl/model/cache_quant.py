@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..policy import Plan
 from .batch import Spans
-from .cache import Kept, Store
+from .cache import Kept, Restore, Store
 from .quant import BITS, KEYS, VALUES, Packed, Scheme, channel_scale, quantise
 
 Sets = list[tuple[int, Tensor | None]]  # bits, and the tokens stored at so many; None: all
@@ -62,6 +62,9 @@ class KVFormat:
         """What builds a layer's cache with `room` for new tokens. The layers of one prefill take
         turns to fill one scratch buffer."""
         return partial(QuantCache.build, self, room, Scratch())
+
+    def restore(self, room: int) -> Restore:
+        return partial(QuantCache.restored, self, room, Scratch())
 
     def sets(self, n: int, precise: Tensor | None) -> Sets:
         """`n` tokens by bits, the precise ones [K] first; None: all are."""
@@ -181,6 +184,19 @@ class Column:
             at += len(part)
         out[at:] = self.tail[: self.waiting]
 
+    def saved(self, name: str) -> dict[str, Tensor]:
+        parts = [(f"{name}.{i}", part.saved()) for i, part in enumerate(self.parts)]
+        named = {f"{at}.{field}": t for at, fields in parts for field, t in fields.items()}
+        return named | {f"{name}.tail": self.tail[: self.waiting]}
+
+    @classmethod
+    def restored(cls, side: Side, saved: dict[str, Tensor], room: int, kind: Any) -> "Column":
+        """Of what saved() gave, without its name; `kind` of parts: Packed, or another."""
+        column = cls.build(side, saved["tail"], 0, [], room)
+        for i in range(len({name.split(".")[0] for name in saved} - {"tail"})):
+            column.parts.append(kind.restored(within(saved, f"{i}"), side.scheme))
+        return column
+
     def copy(self) -> "Column":
         """The same tokens; parts are never written to and serve both."""
         twin = Column(self.side, self.tail.clone())
@@ -189,6 +205,12 @@ class Column:
 
     def tensors(self) -> list[Tensor]:
         return [self.tail, *(t for part in self.parts for t in part.tensors())]
+
+
+def within(saved: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What is saved under `name`, by what follows it."""
+    inside = [key for key in saved if key.startswith(f"{name}.")]
+    return {key.removeprefix(f"{name}."): saved[key] for key in inside}
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
@@ -281,6 +303,21 @@ class QuantCache:
     def cut(self, first: int) -> bool:
         """Whether there is nothing to cut: what is packed stays as it is."""
         return not bool((self.places(0) >= first).any())
+
+    def saved(self, first: int) -> dict[str, Tensor] | None:
+        [one], [n] = self.stored, self.spans.lengths
+        parts = one.keys.saved("keys") | one.values.saved("values")
+        return parts | {"positions": one.positions[:n]} if self.cut(first) else None
+
+    @classmethod
+    def restored(cls, form: KVFormat, room: int, scratch: Scratch, saved: dict[str, Tensor],
+                 kinds: tuple[Any, Any] = (Packed, Packed)) -> "QuantCache":  # fmt: skip
+        keys = Column.restored(form.keys, within(saved, "keys"), room, kinds[0])
+        values = Column.restored(form.values, within(saved, "values"), room, kinds[1])
+        places = saved["positions"]
+        free = places.new_full((room, *places.shape[1:]), -1)
+        stored = Stored(keys, values, torch.cat((places, free)).int())
+        return cls(form, [stored], [len(places)], room, scratch)
 
     def due(self, sequence: int) -> int:
         keys = self.stored[sequence].keys

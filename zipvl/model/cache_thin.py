@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..policy import select
-from .cache import Kept, Store
+from .cache import Kept, Restore, Store
 from .cache_quant import Column, KVFormat, QuantCache, Scratch, Side, Stored
-from .quant import KEYS
+from .quant import KEYS, Scheme
 
 WHOLE = Side(KEYS, block=1 << 62)  # more tokens than come: nothing is ever quantised
+FORM = KVFormat(0, 0, WHOLE, WHOLE)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Thin:
     def store(self, room: int) -> Store:
         return partial(self.build, room, Scratch())
 
+    def restore(self, room: int) -> Restore:
+        return partial(ThinCache.restored, FORM, room, Scratch(), kinds=(Part, Part))
+
     def build(self, room: int, scratch: Scratch, kept: list[Kept]) -> "ThinCache":
         if any(one.merged for one in kept):
             raise UsageError("summaries keep all their channels: leave out summary, or channels")
@@ -54,12 +58,25 @@ class Thin:
         return item * G * (keys + values) + (8 * G * width if old else 0)
 
 
+@dataclass(frozen=True)
 class Part:
-    """Keys x [n, G, D] without the channels that are not among `channels` [G, D']."""
+    """Keys without the channels that are not among `channels`."""
 
-    def __init__(self, x: Tensor, channels: Tensor):
-        self.channels = channels.expand(x.shape[1], -1).contiguous()
-        self.k = x.gather(2, self.channels.expand(len(x), -1, -1))  # [n, G, D']
+    k: Tensor  # [n, G, D']
+    channels: Tensor  # [G, D']
+
+    @classmethod
+    def of(cls, x: Tensor, channels: Tensor) -> "Part":
+        """Of keys x [n, G, D]."""
+        channels = channels.expand(x.shape[1], -1).contiguous()
+        return cls(x.gather(2, channels.expand(len(x), -1, -1)), channels)
+
+    def saved(self) -> dict[str, Tensor]:
+        return {"k": self.k, "channels": self.channels}
+
+    @classmethod
+    def restored(cls, saved: dict[str, Tensor], scheme: Scheme) -> "Part":
+        return cls(saved["k"], saved["channels"])
 
     def __len__(self) -> int:
         return len(self.k)
@@ -85,12 +102,11 @@ class ThinCache(QuantCache):
             first = 0 if one.channels is None else max(0, first)
             keys = Column.build(WHOLE, one.k[first:], 0, [], room)
             if first and one.channels is not None:
-                keys.parts.append(Part(one.k[:first], one.channels))
+                keys.parts.append(Part.of(one.k[:first], one.channels))
             values = Column.build(WHOLE, one.v, 0, [], room)
             free = one.positions.new_full((room, *one.positions.shape[1:]), -1)
             stored.append(Stored(keys, values, torch.cat((one.positions, free)).int()))
-        form = KVFormat(0, 0, WHOLE, WHOLE)
-        return cls(form, stored, [len(one.k) for one in kept], room, scratch)
+        return cls(FORM, stored, [len(one.k) for one in kept], room, scratch)
 
     def trim(self, slots: Sequence[Tensor | None]) -> "ThinCache":
         """Where heads keep different numbers of thin tokens, the least of them stay thin; the

@@ -60,6 +60,18 @@ class Packed:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def saved(self) -> dict[str, Tensor]:
+        """What restored() makes the same of."""
+        named = {"codes": self.codes, "step": self.step, "low": self.low, "scale": self.scale}
+        size = torch.tensor([self.bits, self.width])
+        return {"size": size} | {name: t for name, t in named.items() if t is not None}
+
+    @classmethod
+    def restored(cls, saved: dict[str, Tensor], scheme: Scheme) -> "Packed":
+        bits, width = saved["size"].tolist()
+        codes, step, low = (saved[name] for name in ("codes", "step", "low"))
+        return cls(codes, step, low, saved.get("scale"), bits, scheme, width)
+
     def tensors(self) -> list[Tensor]:
         """All that is stored."""
         return [t for t in (self.codes, self.step, self.low, self.scale) if t is not None]

@@ -7,6 +7,7 @@ repository); one small table makes them one:
     vision.*  projector.{0,2}.*  image_newline  text.{embed_tokens,layers.N,norm}.*  lm_head.weight
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import ModelConfig, check_file, read_json, shown
+from ..config import JSON_BYTES, ModelConfig, check_file, read_bytes, read_json, shown
 from ..errors import ModelError, UsageError
 from .vlm import VLM
 
@@ -33,6 +34,7 @@ SPELLINGS: list[tuple[str, str]] = [  # tried in order: tower names hold `layers
     (r"(?:.*\.)?(embed_tokens\.weight|layers\.\d+\..+|norm\.weight)", r"text.\1"),
 ]
 TOWER_SPELLINGS = [(r"(?:vision_model\.)?(.+)", r"vision.\1")]
+SAMPLE = 1024  # numbers of each tensor in a fingerprint
 HEADER_BYTES, TENSORS = 2**22, 2**16  # of one safetensors file; in a whole checkpoint
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
            torch.float8_e5m2)  # fmt: skip
@@ -128,6 +130,22 @@ def load_weights(
         model.lm_head.weight = model.text.embed_tokens.weight
     report(folder, sorted(missing), unexpected, misshaped)
     return model.eval().requires_grad_(False)
+
+
+def fingerprint(folder: Path, config: ModelConfig) -> str:
+    """sha256 of a checkpoint's config.json and, of each tensor, of its name, form and some numbers
+    from its middle: quick, and different for any two models that were trained apart."""
+    found = hashlib.sha256(read_bytes(folder / "config.json", JSON_BYTES))
+    places = [(folder, SPELLINGS)]
+    if config.tower is not None:
+        places.append((tower_folder(config.tower, folder), TOWER_SPELLINGS))
+    for place, spellings in places:
+        for name, tensor in read_tensors(place, spellings):
+            flat = tensor.flatten()
+            some = flat[len(flat) // 2 :][:SAMPLE]
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def ignorable(name: str, config: ModelConfig) -> bool:
