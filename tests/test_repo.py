@@ -30,10 +30,11 @@ MAKERS = {  # scripts with needs of their own: those of the bundled demo read ca
     "lab/demo/train.py": "torch.load",
     "zipvl/model/fused.py": "triton",
     "zipvl/model/fused_decode.py": "triton",
+    "zipvl/serve/routes.py": "starlette",
 }
 OPTIONAL = (
     "av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub", "playwright",
-    "triton",
+    "triton", "starlette", "uvicorn",
 )  # fmt: skip
 ROW = re.compile(r"^(\|\s*\[?`?([\w/]+\.py)`?(?:\]\([^)]*\))?\s*\|\s*)(\d+)(\s*\|)", re.M)
 MARK = re.compile(r"<!-- run( slow)? -->\s*```(\w*)\n(.*?)```", re.S)

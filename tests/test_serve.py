@@ -409,7 +409,7 @@ def never(*args: object, **options: object) -> None:
 
 def alone(messages: list[Message], **media: Any) -> str:
     """The answer of a session that was asked nothing else."""
-    session = zipvl.load(device="cpu").session(method="zipvl", **media)
+    session = zipvl.load(device="cpu").session(**{"method": "zipvl", "reuse": "general", **media})
     *_, last = session.reply(messages, 64)
     return last.result.text
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,10 +21,13 @@ from .request import Limits
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
+    from ..policy import Policy
     from .routes import Server
 
 usual = Limits()
 GIB = 2**30
+# "first" is not among them: the first question would have a say in the answers to all others.
+REUSE = ("general", "media", "none")
 SHUT_SECONDS = 5.0  # for the engine to leave the layer it is in
 # Every option: its names and what its value is called; its default, or what reads a value without
 # one (False: a switch); help.
@@ -32,7 +36,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("-m --model MODEL", str, "checkpoint folder or hub id (default: bundled demo)"),
         ("--name NAME", str, "what requests call it (default: the model's last name)"),
         ("--method NAME", "zipvl", "which tokens to keep, as generate.py takes it (zipvl)"),
-        ("--reuse WHAT", str, "media: caches outlive an answer; none: features only"),
+        ("--reuse KIND", str, "of media: general (default), media or none, docs/serve.md"),
         ("--template NAME", str, "prompt template: a built-in name or a .jinja file"),
         ("--frames N", 32, "of a video, where a request does not say (default 32)"),
     ],
@@ -107,8 +111,8 @@ def check(a: argparse.Namespace) -> None:
         raise UsageError(f"--port is {a.port}: give at most 65535")
     if a.frames > a.max_frames:
         raise UsageError(f"--frames is {a.frames}, more than the {a.max_frames} of --max-frames")
-    if a.reuse not in (None, "media", "none"):
-        raise UsageError(f"--reuse is {a.reuse!r}: give media or none")
+    if a.reuse not in (None, *REUSE):
+        raise UsageError(f"--reuse is {a.reuse!r}: give one of {', '.join(REUSE)}")
     a.token = read_token(a)
     if a.token is None and not a.open and not is_loopback(a.host):
         raise UsageError(
@@ -164,6 +168,16 @@ def limits(a: argparse.Namespace, engine: "Engine") -> Limits:
     )  # fmt: skip
 
 
+def pick_reuse(engine: "Engine", policy: "Policy", asked: str | None) -> str:
+    """What sessions keep: as asked, or the first that the method can do. Raises UsageError."""
+    for reuse in () if asked else REUSE[:-1]:
+        with suppress(UsageError):
+            engine.session(method=policy, reuse=reuse)
+            return reuse
+    engine.session(method=policy, reuse=asked or REUSE[-1])
+    return asked or REUSE[-1]
+
+
 def build(a: argparse.Namespace, engine: "Engine") -> "Server":
     """A server that has an engine's thread and listens to nothing yet. Raises UsageError."""
     from ..policies import load_policy
@@ -172,7 +186,7 @@ def build(a: argparse.Namespace, engine: "Engine") -> "Server":
     from .worker import Worker
 
     policy, most = load_policy(a.method), limits(a, engine)
-    reuse = a.reuse or ("media" if policy.scout is None else "none")
+    reuse = pick_reuse(engine, policy, a.reuse)
     store = Store(a.media_root, most, engine.config, a.frames)
     worker = Worker(engine, store, policy, reuse, a.queue, a.cache_bytes)
     name = a.name or Path(a.model or "zipvl-demo").resolve().name
