@@ -467,7 +467,7 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(served: Served) -> N
         ]
     )
     asked.append([{"role": "system", "content": "Be short."}, *asked[0]])
-    shuffled = [n for n in range(len(asked)) for _ in range(3)]
+    shuffled = [n for n in range(len(asked)) for _ in range(2)]
     random.Random(0).shuffle(shuffled)
     answers: dict[int, set[str]] = {}
     for n in shuffled:
@@ -524,6 +524,12 @@ def test_the_shape_of_a_stream(served: Served) -> None:
     lines = [line for line in rest.split(b"\r\n") if line.startswith(b"data: ")]
     assert lines[-1] == b"data: [DONE]\n\n"
     assert json.loads(lines[0][6:])["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize("words", ["<image> what", "<video>", "<image><image>"])
+def test_markers_in_a_text_place_nothing(served: Served, words: str) -> None:
+    served.refused(user(text(words)))
+    served.refused(user(link("image", served.root / "picture.png"), text(words)))
 
 
 def test_stops_and_lengths(served: Served) -> None:
@@ -899,14 +905,15 @@ def test_heads_have_a_ceiling(served: Served) -> None:
 
 
 def test_connections_have_a_ceiling(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    until(lambda: len(served.server.server_state.connections) < 5)
-    monkeypatch.setattr(routes, "CONNECTIONS", 10)
+    there = served.server.server_state.connections
+    most = len(there) + 10
+    monkeypatch.setattr(routes, "CONNECTIONS", most)
     some = [served.connect() for _ in range(20)]
     time.sleep(0.1)
-    assert len(served.server.server_state.connections) <= 10
+    assert len(there) <= most
     for s in some:
         s.close()
-    until(lambda: not served.server.server_state.connections)
+    until(lambda: len(there) <= most - 10)
     assert served.client.models.list()
 
 
@@ -1118,7 +1125,7 @@ def test_draining(served: Served, gate: threading.Event, monkeypatch: pytest.Mon
 
 def test_many_clients_at_once(served: Served) -> None:
     """Mixed media and streams; every answer is the lone one. (Two minutes of it: the slow one.)"""
-    crowd(served.port, served.root, clients=12, seconds=1.5)
+    crowd(served.port, served.root, clients=12, seconds=1)
 
 
 # --- crowds -----------------------------------------------------------------------------------

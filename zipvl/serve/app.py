@@ -204,8 +204,7 @@ def run(a: argparse.Namespace) -> int:
     engine = load(a.model, a.device, a.dtype, a.attn, a.template, False, a.weights, a.kernels)
     server = build(a, engine)
     host, port = here.getsockname()[:2]
-    here.listen()
-    say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    server.greeting = f"listening on http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     server.run(sockets=[here])
     server.worker.close(SHUT_SECONDS)
     server.worker.store.close()

@@ -6,6 +6,7 @@ Nothing is opened here and nothing is computed. A request may lower a ceiling of
 and never raise it. What would change the answer and is not honoured is a Refusal that names it.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -103,8 +104,9 @@ class Ask:
 
     @property
     def system(self) -> str:
-        """Its system messages, as JSON."""
-        return json.dumps([m["content"] for m in self.messages if m["role"] == "system"])
+        """A hash of its system messages."""
+        said = json.dumps([m["content"] for m in self.messages if m["role"] == "system"])
+        return hashlib.sha256(said.encode()).hexdigest()
 
 
 def refuse(where: str, fault: str) -> NoReturn:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import signal
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -33,6 +34,7 @@ from uvicorn import Config
 from uvicorn import Server as Uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..report import say
 from .request import Refusal, parse
 from .worker import GONE, Done, Event, Job, Worker
 
@@ -337,6 +339,8 @@ class Protocol(H11Protocol):
 class Server(Uvicorn):
     """Serves until a signal, and then what is under way. `code` is what the process exits with."""
 
+    greeting = ""  # on stderr, once requests are taken and a signal ends nothing abruptly
+
     def __init__(self, service: Service, hosts: set[str] | None, token: str | None, seconds: float):
         """`seconds`: for what is under way."""
         app = service.app(hosts, token)
@@ -348,6 +352,11 @@ class Server(Uvicorn):
         super().__init__(config)
         self.service, self.worker, self.seconds = service, service.worker, seconds
         self.code, self.until = 0, math.inf
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.greeting:
+            say(self.greeting)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In a signal's handler: what takes a lock is done in on_tick."""

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -56,7 +56,7 @@ class Job:
 
     def emit(self, event: Event) -> None:
         """From any thread; where the loop is gone nobody listens."""
-        if not self.loop.is_closed():
+        with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def check(self, *_: object) -> None:
