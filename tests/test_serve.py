@@ -904,6 +904,28 @@ def test_heads_have_a_ceiling(served: Served) -> None:
     assert served.client.models.list()
 
 
+def test_a_request_that_turns_into_nonsense(served: Served, capfd: pytest.CaptureFixture) -> None:
+    """While it is read, and while it is answered: no word on stderr, nobody works for it."""
+    content = json.dumps(body(stream=True, **LONG)).encode()
+    chunk = b"%x\r\n%s\r\n" % (len(content), content)
+    for good in (b"5\r\n     \r\n", chunk):
+        with served.connect() as s:
+            s.sendall(served.post(b"", "Transfer-Encoding: chunked").encode() + good)
+            time.sleep(0.05)
+            with suppress(OSError):
+                s.sendall(b"nonsense\r\n")
+                served.rest(s)
+    content = json.dumps(body(stream=True, **LONG)).encode()
+    with served.connect() as s:
+        s.sendall(served.post(content).encode() + content)
+        assert b"200" in s.recv(1000)
+        s.sendall(b"nonsense\r\n\r\n" * 1000)
+    assert served.idle()
+    assert not served.spool
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""
+
+
 def test_connections_have_a_ceiling(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     there = served.server.server_state.connections
     most = len(there) + 10

@@ -319,6 +319,15 @@ class Protocol(H11Protocol):
         super().on_response_complete()
         self.watch()
 
+    def send_400_response(self, msg: str) -> None:
+        """A request that turns into nonsense on its way is not answered any more."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self.stuck = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
