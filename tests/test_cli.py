@@ -1163,7 +1163,7 @@ def test_films_are_saved_and_opened(cli: Cli, tmp_path: Path) -> None:
             ("--open", str(cli.files / "clip.mp4"), "-p", "What?", "-q"),
             "not a readable safetensors",
         ),
-        (("--open", film + "x", "-p", "What?", "-q"), "is missing"),
+        (("--open", film + "x", "-p", "What?", "-q"), "does not exist"),
     ):
         code, out, err = cli(*wrong)
         assert (code, out) == (1 + ("--method" in wrong), "")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,13 @@ def test_pictures_and_systems_and_nothing_asked(engine: Engine, tmp_path: Path) 
     assert two.system == "Be brief."
     assert two.ask(FIRST, max_new_tokens=6).tokens == one.ask(FIRST, max_new_tokens=6).tokens
     assert [m.kind for m in two.inputs.media] == ["image", "image"]
+
+
+def test_media_amid_words_are_not_saved(engine: Engine, clip: zipvl.Inputs, tmp_path: Path) -> None:
+    one = session(engine, clip)
+    one.ask("What comes first in <video>?", max_new_tokens=2)
+    with pytest.raises(UsageError, match="put them first"):
+        one.save(tmp_path / "a.zipvl")
 
 
 def test_without_pixels_nothing_is_read_again(
@@ -275,17 +283,19 @@ def test_where_no_film_goes(engine: Engine, clip: zipvl.Inputs, tmp_path: Path) 
 
 
 def test_a_film_that_is_there_survives(
-    engine: Engine, clip: zipvl.Inputs, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, clip: zipvl.Inputs, saved: Path, tmp_path: Path
 ) -> None:
+    """Where the disk ends, in the middle of a file."""
     path = tmp_path / "a.zipvl"
     path.write_bytes(saved.read_bytes())
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(film, "save_file", full)
-    with pytest.raises(UsageError, match="No space left"):
-        session(engine, clip).save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ZipvlError, match="too large"):
+            session(engine, clip).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == saved.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
 

@@ -7,7 +7,7 @@ What the device says of single operators is held against a real one where there 
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -434,6 +434,35 @@ def test_flash_answers_are_the_cpu_s(card: Card, method: str) -> None:
     assert (engine.backend, engine.model.dtype) == ("torch-flash", torch.bfloat16)
     assert answers(engine, method) == wanted(method)
     assert card.kernels["_flash_attention_forward"]
+
+
+def talk(engine: Engine, method: str, film: Path | None = None) -> list[list[int]]:
+    """Two questions of a session, the second again after a rewind, and in a session that was saved."""
+    one = engine.session(video=frames(), frames=None, method=method, reuse="media")
+    tokens = [one.ask(q, NEW).tokens for q in ("What comes first?", "What comes last?")]
+    one.rewind()
+    tokens.append(one.fork().ask("What comes last?", NEW).tokens)
+    if film:
+        one.save(film)
+        one = engine.open_session(film)
+    return [*tokens, one.ask("What comes last?", NEW).tokens]
+
+
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "method", [ZIPVL, "h2o:heavy=12,recent=12", SLOW("dense"), SLOW("zipvl-stream"), SLOW("think"),
+               SLOW("snapkv:budget=40,summary=8"), SLOW("hired:ratio=0.4"),
+               SLOW("zipvl:tau=0.9,kv_bits=4,interval=2")]
+)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, SLOW({"dtype": "float32"}), SLOW({"kernels": "plain"})])
+def test_sessions(card: Card, method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    layers = FEW if options.get("dtype") else 8  # bfloat16 answers as float32 where all are there
+    got = talk(loaded("cuda", layers, **options), method, tmp_path / "a.zipvl")
+    assert got == talk(loaded("cpu", layers), method)
+    if not options:
+        assert card.kernels["_flash_attention_forward"]
 
 
 @pytest.mark.parametrize("method", [ZIPVL, "snapkv:budget=40,summary=8"])

@@ -456,6 +456,7 @@ FEW = {  # instead of the experiment's own methods
     "rivals": "controls.py:RandomCache:ratio=0.5,hired:ratio=0.5,elastic:ratio=0.5,text=true,tidal",
     "text_rivals": "controls.py:RandomCache:ratio=0.5,sgl:ratio=0.5,h2o:heavy=4,recent=4,tidal:budget=9",
     "stale": "zipvl-stream:tau=0.5",
+    "turns": "zipvl-stream:tau=0.9",
     "text_tau": "zipvl:always=last,tau=0.8,zipvl+:always=last,tau=0.8",
     "text_methods": "zipvl:tau=0.975,zipvl-stream,controls.py:Schedule:kept=1/0.8/0.6/0.5/0.5,by=last",
     "summary": "snapkv:budget=4,window=2,snapkv:budget=8,window=2,snapkv:budget=4,window=2,summary=3",

@@ -16,16 +16,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import check_file
-from ..errors import ModelError, UsageError, memory_errors
+from ..errors import ModelError, UsageError, ZipvlError, memory_errors
 from ..model.cache import Cache, restore_as
 from ..model.weights import fingerprint, open_safetensors
 from ..policies import METHODS, load_policy
@@ -79,7 +79,7 @@ class Film:
 
 
 def save(engine: Runtime, film: Film, path: str | os.PathLike) -> None:
-    """Writes what was read; the talk is not in it. Raises UsageError, ModelError."""
+    """Writes what was read; the talk is not in it. Raises UsageError, ZipvlError."""
     target, held, n = checked(path), film.held, film.held.read
     tensors: dict[str, Tensor] = {"ids": held.ids[:n], "visual": film.inputs.is_visual[:n]}
     for i, cache in enumerate(held.caches):
@@ -107,21 +107,22 @@ def save(engine: Runtime, film: Film, path: str | os.PathLike) -> None:
     tensors = apart({name: t.cpu() for name, t in tensors.items()})
     text = json.dumps(about, sort_keys=True)
     header = {"about": text, "sha256": digest(text, tensors)}
+    place = Path(os.path.realpath(target))  # a link stays one
+    fresh = place.with_name(f".zipvl-session-{os.getpid()}")
     try:
-        with NamedTemporaryFile(dir=target.parent, prefix=target.name, delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            save_file(tensors, temporary, header)
-            temporary.replace(target)  # a film that is there is whole
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as e:
-        raise UsageError(f"{target} cannot be written: {e.strerror or e}") from None
+        save_file(tensors, fresh, header)
+        os.replace(fresh, place)  # a film that was there stays until the new one is whole
+    except (OSError, SafetensorError) as e:
+        raise ZipvlError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def load(engine: Runtime, path: str | os.PathLike, method: str | Policy | None = None) -> Film:
     """What save() wrote. Raises ModelError, UsageError."""
     path = Path(path)
+    if not os.path.exists(path):
+        raise ModelError(f"{path} does not exist: name a file that a session was saved to")
     check_file(path)
     with open_safetensors(path) as file:
         header = file.metadata() or {}

@@ -139,6 +139,8 @@ class Session:
                 f"what {self.policy} holds cannot be parted from the first question: make the "
                 "session with reuse media to save it"
             )
+        if not torch.equal(self.inputs.input_ids[: held.read], held.ids[: held.read]):
+            raise UsageError("the first question has media amid its words: put them first to save")
         save(self.engine, Film(self.inputs, self.policy, self.reuse, self.system, held), path)
 
     @classmethod
