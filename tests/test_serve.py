@@ -1139,7 +1139,7 @@ def test_draining(served: Served, gate: threading.Event, monkeypatch: pytest.Mon
         gate.clear()
         asked = [pool.submit(served.refused, user(text("hello")), 503) for _ in range(3)]
         until(lambda: len(worker.queue) == 2)
-        worker.drain(Refusal(503, "the time is over"))
+        worker.drain((503, "the time is over"))
         assert {f.result()["message"] for f in asked} == {"the time is over"}
     worker.draining = False
     assert not server.should_exit

@@ -155,7 +155,7 @@ class Service:
                     self.submit(job)
                     return await self.answered(job)
         except ClientDisconnect:
-            return refused(GONE)
+            return refused(Refusal(*GONE))
         except Refusal as e:
             return refused(e)
 
@@ -377,6 +377,6 @@ class Server(Uvicorn):
         """Every 0.1 s: whether to stop listening."""
         if self.until < math.inf:
             late = time.monotonic() > self.until
-            self.worker.drain(Refusal(503, "this server is shutting down") if late else None)
+            self.worker.drain((503, "this server is shutting down") if late else None)
             self.should_exit |= late or self.worker.idle
         return await super().on_tick(counter)

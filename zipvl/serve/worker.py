@@ -28,7 +28,8 @@ from ..report import fault, say
 from .media import Medium, Store, plainly
 from .request import Ask, Refusal
 
-GONE = Refusal(499, "the client left")
+Reason = tuple[int, str]  # status and sentence of a Refusal
+GONE: Reason = (499, "the client left")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Job:
 
     def __init__(self) -> None:
         self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self.ended: Refusal | None = None  # why it need not go on
+        self.ended: Reason | None = None  # why it need not go on
         self.ask: Ask
         self.media: list[Medium] = []
         self.visual = 0  # tokens of these
@@ -60,8 +61,9 @@ class Job:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def check(self, *_: object) -> None:
+        """Raises a fresh Refusal, as an old one would hold on to the frames it passed through."""
         if self.ended:
-            raise self.ended
+            raise Refusal(*self.ended)
 
 
 class Cut:
@@ -126,16 +128,16 @@ class Worker(threading.Thread):
             self.queue.append(job)
             self.lock.notify()
 
-    def cancel(self, job: Job, why: Refusal = GONE) -> None:
+    def cancel(self, job: Job, why: Reason = GONE) -> None:
         """Ends a job: at once in the queue, else where the engine looks next."""
         with self.lock:
             job.ended = why
             if waited := job in self.queue:
                 self.queue.remove(job)
         if waited:
-            self.end(job, why)
+            self.end(job, Refusal(*why))
 
-    def drain(self, why: Refusal | None = None) -> None:
+    def drain(self, why: Reason | None = None) -> None:
         """Takes no more requests; with a reason ends those that are there, too."""
         self.draining = True
         if why is not None:
