@@ -1,6 +1,7 @@
 """The endpoint, asked by OpenAI's own client and by raw sockets, mostly with bad intentions."""
 
 import base64
+import gc
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -1079,6 +1081,37 @@ def test_sessions_leave_where_they_hold_too_much(
     monkeypatch.setattr(worker, "room", 0)
     assert [ask(5) > 0, ask(5) > 0] == [True, False]
     assert not worker.sessions
+
+
+def test_what_is_let_go_is_freed_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the garbage collector: a GPU's memory knows nothing of it."""
+    worker, made = served.server.worker, []
+    monkeypatch.setattr(worker, "room", 0)
+    session = served.engine.session
+
+    def noted(*args: Any, **options: Any) -> Any:
+        new = session(*args, **options)
+        made.append(weakref.ref(new))
+        return new
+
+    monkeypatch.setattr(served.engine, "session", noted)
+    gc.disable()
+    try:
+        for stream in (False, True):
+            got: Any = served.ask(
+                user(link("video", served.root / "clip.mp4", nframe=3), text(ASKED)), stream=stream
+            )
+            if stream:
+                next(iter(got))
+                got.close()
+        served.ask(user(text("hello")), max_tokens=1)
+        monkeypatch.setattr(served.engine, "prefill", never)
+        served.refused(user(text("hello")), 500)
+        monkeypatch.undo()
+        assert served.ask(user(text("hello")), max_tokens=1)
+        until(lambda: len(made) == 4 and not any(ref() for ref in made))
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

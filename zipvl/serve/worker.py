@@ -187,22 +187,25 @@ class Worker(threading.Thread):
         ask, cut = job.ask, Cut(job.ask.stop)
         self.check_context(job)
         session = self.session(job)
-        session.rewind()  # an answer does not depend on what was asked before
-        turn = session.turn(ask.messages, Sampling(ask.temperature, ask.top_p, ask.top_k, ask.seed))
-        pieces = cast(Generator[Piece], turn.pieces(ask.max_new_tokens, ignore_eos=False))
-        with closing(pieces):
-            for piece in pieces:
-                job.check()
-                if text := cut.push(piece.text):
-                    job.emit(text)
-                if cut.done:
-                    break
-        if text := cut.flush():
-            job.emit(text)
-        result = turn.result(0)
-        reason = "stop" if cut.done else result.finish_reason
-        warnings = [*session.inputs.warnings, *turn.inputs[0].warnings]
-        return done(reason, result.stats, session.inputs.media, self.policy, warnings)
+        try:
+            turn = session.turn(
+                ask.messages, Sampling(ask.temperature, ask.top_p, ask.top_k, ask.seed)
+            )
+            pieces = cast(Generator[Piece], turn.pieces(ask.max_new_tokens, ignore_eos=False))
+            with closing(pieces):
+                for piece in pieces:
+                    job.check()
+                    if text := cut.push(piece.text):
+                        job.emit(text)
+                    if cut.done:
+                        break
+            if text := cut.flush():
+                job.emit(text)
+            reason = "stop" if cut.done else turn.result(0).finish_reason
+            warnings = [*session.inputs.warnings, *turn.inputs[0].warnings]
+            return done(reason, turn.result(0).stats, session.inputs.media, self.policy, warnings)
+        finally:  # no answer depends on an earlier one, and a session let go is freed at once
+            session.rewind()
 
     def check_context(self, job: Job) -> None:
         """Raises Refusal where the prompt and the answer may grow too long; reads no media."""
@@ -250,7 +253,7 @@ class Worker(threading.Thread):
     def explain(self, e: BaseException, job: Job) -> Refusal:
         """What a client hears of a failure. What is not the client's own goes to stderr."""
         if isinstance(e, Refusal):
-            return e
+            return e.with_traceback(None)  # which holds the frames, and these what they made
         code, sentence = fault(e)
         sentence = plainly(sentence, job.names)
         if isinstance(e, MediaError):
