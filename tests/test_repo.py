@@ -26,15 +26,17 @@ MAKERS = {  # scripts with needs of their own: those of the bundled demo read ca
     "lab/experiments/text_to_zipvl.py": "gguf",
     "lab/demo/make_clip.py": "av",
     "lab/demo/tiles.py": "av",
+    "lab/eval/lmms_task.py": "av",
     "lab/demo/resume.py": "torch.load",
     "lab/demo/train.py": "torch.load",
+    "zipvl/lmms/model.py": "lmms_eval",
     "zipvl/model/fused.py": "triton",
     "zipvl/model/fused_decode.py": "triton",
     "zipvl/serve/routes.py": "starlette",
 }
 OPTIONAL = (
     "av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub", "playwright",
-    "triton", "starlette", "uvicorn",
+    "triton", "lmms_eval", "starlette", "uvicorn",
 )  # fmt: skip
 ROW = re.compile(r"^(\|\s*\[?`?([\w/]+\.py)`?(?:\]\([^)]*\))?\s*\|\s*)(\d+)(\s*\|)", re.M)
 MARK = re.compile(r"<!-- run( slow)? -->\s*```(\w*)\n(.*?)```", re.S)

@@ -26,7 +26,6 @@ ARMS = ("media", "general", "first", "none")
 COLUMNS = {
     "frames": "frames", "method": "method", "reuse": "reuse", "talk": "questions",
     "samples": "clips", **{f"turn {n}": f"right, question {n}" for n in SHOWN},
-    **{f"change {n}": f"less dense, question {n} (95 %)" for n in SHOWN},
     "all": "less dense, all five (95 %)",
 }  # fmt: skip
 
@@ -99,10 +98,7 @@ def table(found: list[Record]) -> list[Record]:
         named = {"frames": frames, "method": method, "talk": talk, "samples": len(some)}
         named["reuse"] = "any" if method == "dense" else reuse
         right = {f"turn {n}": float(oks[:, n - 1].mean()) for n in SHOWN}
-        change = {} if method == "dense" else {
-            **{f"change {n}": stats.mean(less[:, n - 1]) for n in SHOWN},
-            "all": stats.mean(less.mean(1)),
-        }  # fmt: skip
+        change = {} if method == "dense" else {"all": stats.mean(less.mean(1))}
         rows.append(named | right | change)
     return rows
 
