@@ -27,6 +27,15 @@ def emulates_half() -> bool:
 EMULATED = emulates_half()
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding. On the meta device, where a model waits for its weights, PyTorch would import
+    its compiler to draw numbers that nobody reads: a second of every start."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """nn.Linear, x [.., in] -> [.., out], with faster forms on CPUs, which have no gradient."""
 

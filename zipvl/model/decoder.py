@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..errors import DAMAGED, ModelError
-from ..linear import Linear, SwiGLU
+from ..linear import Embedding, Linear, SwiGLU
 from ..policy import Notes, Plan, Policy, PromptView, Trim, ask, ask_trim
 from .attention import Attention, Observer
 from .batch import Batch, Spans, join, sent
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

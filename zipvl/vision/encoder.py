@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import VisionConfig
 from ..errors import ModelError
-from ..linear import Linear
+from ..linear import Embedding, Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -71,7 +71,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, width, config.patch_size, stride=config.patch_size, bias=not clip
         )
-        self.position_embedding = nn.Embedding(config.grid**2 + clip, width)
+        self.position_embedding = Embedding(config.grid**2 + clip, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [F, N, C]
