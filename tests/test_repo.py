@@ -32,10 +32,11 @@ MAKERS = {  # scripts with needs of their own: those of the bundled demo read ca
     "zipvl/lmms/model.py": "lmms_eval",
     "zipvl/model/fused.py": "triton",
     "zipvl/model/fused_decode.py": "triton",
+    "zipvl/serve/routes.py": "starlette",
 }
 OPTIONAL = (
     "av", "decord", "gguf", "matplotlib", "transformers", "flash_attn", "huggingface_hub", "playwright",
-    "triton", "lmms_eval",
+    "triton", "lmms_eval", "starlette", "uvicorn",
 )  # fmt: skip
 ROW = re.compile(r"^(\|\s*\[?`?([\w/]+\.py)`?(?:\]\([^)]*\))?\s*\|\s*)(\d+)(\s*\|)", re.M)
 MARK = re.compile(r"<!-- run( slow)? -->\s*```(\w*)\n(.*?)```", re.S)

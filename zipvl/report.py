@@ -75,7 +75,7 @@ def read_line() -> str:
     return line.strip()
 
 
-def fault(e: Exception) -> tuple[int, str]:
+def fault(e: BaseException) -> tuple[int, str]:
     """The exit code for what went wrong, and one line that says what."""
     code, sentence = 1, f"{type(e).__name__}: {e} (--verbose shows where)"
     if isinstance(e, ZipvlError):
