@@ -29,6 +29,7 @@ TORCH = "torch==2.13.0"
 # Newer filelock has no `_api`, which lmms-eval 0.7.3 imports; torchvision from the index is built
 # for another torch than a CPU's, and lmms-eval runs without it.
 NEEDS = ("lmms-eval==0.7.3", "filelock<4")
+METHOD = "zipvl:tau=0.9,recent=32"  # one that errs: equal answers say more
 
 
 def said(*parts: dict[str, Any], **options: Any) -> Any:
@@ -312,26 +313,28 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """lab.eval's answers to the same dozen questions."""
     out = tmp_path_factory.mktemp("ours")
-    words = ["--method", "zipvl", "--frames", "16", "--samples", "12", "--device", "cpu"]
+    words = ["--method", METHOD, "--frames", "16", "--samples", "12", "--device", "cpu"]
     assert lab_eval.main([*words, "--dtype", "float32", "--out", str(out)]) == 0
     lines = (out / "answers.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if "given" in row]
 
 
-def evaluated(words: list[str], task: Path, out: Path) -> tuple[float, list[dict], dict, str]:
+def evaluated(
+    words: list[str], task: Path, out: Path, **more: str
+) -> tuple[float, list[dict], dict, str]:
     """Score, samples, the summary of what was logged, and all that was said."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-                                "HF_HOME": str(out / "hf"), "OPENAI_API_KEY": "x"}  # fmt: skip
+                                "HF_HOME": str(out / "hf"), "OPENAI_API_KEY": "x"} | more  # fmt: skip
     words = [*words, "--tasks", TASK, "--include_path", str(task), "--log_samples"]
     done = subprocess.run([*words, "--output_path", str(out)], cwd=out, env=environment, text=True,
                           capture_output=True, timeout=600, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    [results] = out.rglob("*_results.json")
-    [samples] = out.rglob(f"*_samples_{TASK}.jsonl")
-    found = json.loads(results.read_text())
-    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda r: r["doc_id"])
-    score = next(v for k, v in found["results"][TASK].items() if k.startswith("right,"))
-    return score, rows, found, done.stdout + done.stderr
+    told = done.stdout + done.stderr
+    found = [*out.rglob("*_results.json"), *out.rglob(f"*_samples_{TASK}.jsonl")]
+    assert (done.returncode, len(found)) == (0, 2), told[-6000:]  # it is 0 after an error, too
+    results = json.loads(found[0].read_text())
+    rows = sorted(map(json.loads, found[1].read_text().splitlines()), key=lambda r: r["doc_id"])
+    score = next(v for k, v in results["results"][TASK].items() if k.startswith("right,"))
+    return score, rows, results, told
 
 
 def same(rows: list[dict], score: float, ours: list[dict[str, Any]]) -> None:
@@ -344,22 +347,57 @@ def same(rows: list[dict], score: float, ours: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["zipvl.lmms", "lmms_eval"])
+@pytest.mark.parametrize(("module", "batch"), [("zipvl.lmms", "1"), ("lmms_eval", "5")])
 @pytest.mark.timeout(3000)
 def test_the_score_is_lab_evals(
-    python: Path, task: Path, ours: list[dict[str, Any]], module: str, tmp_path: Path
+    python: Path, task: Path, ours: list[dict[str, Any]], module: str, batch: str, tmp_path: Path
 ) -> None:
-    """Through the launcher, and through lmms-eval's own, which finds the entry point; in batches."""
-    batch = "1" if module == "zipvl.lmms" else "5"
+    """Through the launcher, beside a plugin that fails before ours, and through lmms-eval's own,
+    which finds the entry point; in batches."""
+    broken = tmp_path / "plugins" / "broken-1.dist-info"
+    broken.mkdir(parents=True)
+    (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (broken / "entry_points.txt").write_text(
+        "[lmms_eval.models]\nbroken = no_such_module:manifest\n"
+    )
+    more = {"PYTHONPATH": str(broken.parent)} if module == "zipvl.lmms" else {}
     words = [str(python), "-m", module, "--model", "zipvl", "--batch_size", batch, "--model_args",
-             "pretrained=demo,method=zipvl,max_frames_num=16,device=cpu,dtype=float32"]  # fmt: skip
-    score, rows, found, told = evaluated(words, task, tmp_path)
+             f"pretrained=demo,method='{METHOD}',max_frames_num=16,device=cpu,dtype=float32"]  # fmt: skip
+    score, rows, found, told = evaluated(words, task, tmp_path, **more)
     same(rows, score, ours)
-    assert "of a video 16 frames, evenly spread" in told
-    text = json.dumps(found) + told
-    assert all(name in text for name in ("avg_kept", "avg_first_token_seconds", "avg_kv_bytes"))
+    assert ("No module named 'no_such_module'" in told) == bool(more)
+    assert told.count("of a video 16 frames, evenly spread") == 1
+    logged = found["throughput"]
+    assert logged["avg_kept"] == pytest.approx(
+        sum(sum(r["ratios"]) / len(r["ratios"]) for r in ours) / 12, abs=1e-3
+    )
+    assert logged["avg_prompt_tokens"] == sum(r["prompt_tokens"] for r in ours) / 12
+    for name in ("first_token_seconds", "prefill_seconds", "decode_tokens_per_second", "kv_bytes"):
+        assert logged[f"avg_{name}"] > 0
     counts = rows[0]["token_counts"]
     assert (counts[0] if isinstance(counts, list) else counts)["input_tokens"] > 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_servers_score_is_lab_evals(
+    python: Path, task: Path, ours: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """lmms-eval's own model `openai` asks the server, which takes every question alone."""
+    pytest.importorskip("zipvl.serve.routes", reason="needs pip install 'zipvl[serve]'")
+    serve = [sys.executable, "-m", "zipvl.serve", "--port", "0", "--media-root", str(task), "--method", METHOD,
+             "--reuse", "none", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    with subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            url = server.stderr.readline().split()[-1]
+            words = [str(python), "-m", "lmms_eval", "--model", "openai", "--batch_size", "1", "--model_args",
+                     f"model=zipvl-demo,base_url={url},pass_video_url=True,max_frames_num=16,num_concurrent=1"]  # fmt: skip
+            score, rows, _, told = evaluated(words, task, tmp_path)
+        finally:
+            server.terminate()
+    same(rows, score, ours)
+    assert "LMMS_EVAL_REQUEST_FAILED" not in told
 
 
 @pytest.mark.slow
