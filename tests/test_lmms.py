@@ -58,8 +58,12 @@ def test_how_to_generate() -> None:
     assert (drawn.sampling.top_p, drawn.sampling.top_k, drawn.seed) == (0.9, 5, 3)
     assert read([], {"seed": 3}, again=2).seed == 5
     assert said(words, until="Q:").until == ("Q:",)
+    assert said(words, until=["", "Q:"], stop_sequences=["###"], repetition_penalty=1.0).until == (
+        "Q:",
+        "###",
+    )
     for wrong in ({"num_beams": 4}, {"repetition_penalty": 1.1}, {"visual_cot": True}):
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError, match=min(wrong)):
             said(words, **wrong)
     with pytest.raises(UsageError, match="audio"):
         said({"type": "audio", "url": "a.wav"})

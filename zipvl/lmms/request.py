@@ -12,9 +12,9 @@ from ..errors import UsageError
 from ..vision.video import sample
 
 NEW_TOKENS = 256  # where a task says nothing
-KNOWN = {
-    "max_new_tokens", "temperature", "top_p", "top_k", "seed", "do_sample", "until", "num_beams",
-}  # fmt: skip
+ENDS = ("until", "stop_sequences")  # texts at which an answer ends
+KNOWN = {"max_new_tokens", "temperature", "top_p", "top_k", "seed", "do_sample", *ENDS}
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1}  # what zipvl has no more of
 IDLE = {"image_aspect_ratio", "skip_special_tokens"}  # switches of other models in many tasks
 
 
@@ -46,19 +46,18 @@ def read(messages: Sequence[dict[str, Any]], options: dict[str, Any], again: int
     answers and is not there."""
     media = list(find(messages))
     told = [{"role": m["role"], "content": list(map(plain, m["content"]))} for m in messages]
-    if unknown := sorted(options.keys() - KNOWN - IDLE):
-        raise UsageError(f"the task asks for {unknown[0]}, which zipvl does not have")
-    if options.get("num_beams") not in (None, 1):
-        raise UsageError(f"the task asks for {options['num_beams']} beams: zipvl has one")
+    for name in sorted(options.keys() - KNOWN - IDLE):
+        if name not in NEUTRAL or options[name] not in (None, NEUTRAL[name]):
+            asked = f"{name}={options[name]!r:.60}"
+            raise UsageError(f"the task asks for {asked}, which zipvl does not have")
     heat = options.get("temperature") or 0.0
     greedy = options.get("do_sample") is False or not heat
     top_p, top_k, seed = (options.get(name) for name in ("top_p", "top_k", "seed"))
     sampling = Sampling(0.0 if greedy else heat, top_p or 1.0, top_k or 0)
-    until = options.get("until") or []
-    until = [until] if isinstance(until, str) else until
+    given = (options.get(name) or [] for name in ENDS)
+    ends = [end for some in given for end in ([some] if isinstance(some, str) else some) if end]
     most = options.get("max_new_tokens") or NEW_TOKENS
-    ends = tuple(filter(None, until))
-    return Ask(marked(told), media, most, sampling, (seed or 0) + again, ends)
+    return Ask(marked(told), media, most, sampling, (seed or 0) + again, tuple(ends))
 
 
 def find(messages: Sequence[dict[str, Any]]) -> Iterator[Medium]:
