@@ -1138,6 +1138,18 @@ def test_unknown_reuse(cli: Cli) -> None:
     assert zipvl_cli.REUSE == engine_session.REUSE
 
 
+def test_serve_is_a_word_of_the_command(cli: Cli) -> None:
+    """Its own options and help; an option of its own is none of the others."""
+    code, out, err = cli("serve", "--help", model=None)
+    assert (code, err) == (0, "")
+    assert "--media-root" in out
+    code, out, err = cli("serve", "--port", "70000", model=None)
+    assert (code, out) == (2, "")
+    assert "--port" in one_sentence(err)
+    assert cli("--media-root", "x", "-p", "What?")[0] == 2
+    assert "serve" in cli("--help")[1]
+
+
 def test_films_are_saved_and_opened(cli: Cli, tmp_path: Path) -> None:
     """The answer that the session gave, in less time; a chat about it, too."""
     film, want = str(tmp_path / "a.zipvl"), cli.ask("--dense")[1]

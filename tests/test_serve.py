@@ -255,7 +255,7 @@ def test_a_stop_is_cut_wherever_the_pieces_end(pieces: list[str], stops: list[st
         (["--token-file", "nowhere"], "cannot be read"),
         (["--reuse", "all"], "--reuse"),
         (["--drain-seconds", "nan"], "--drain-seconds"),
-        (["--host", "203.0.113.1", "--open"], "cannot listen"),
+        (["--host", "203.0.113.1", "--anyone"], "cannot listen"),
     ],
 )
 def test_usage_errors(argv: list[str], says: str, capsys: pytest.CaptureFixture) -> None:
@@ -1240,7 +1240,7 @@ def crowd(port: int, root: Path, clients: int, seconds: float) -> int:
 @contextmanager
 def process(*argv: str) -> Iterator[tuple[subprocess.Popen, int]]:
     """A server of its own, and its port."""
-    command = [sys.executable, "-m", "zipvl.serve", "--port", "0", "--device", "cpu", *argv]
+    command = [sys.executable, "-m", "zipvl", "serve", "--port", "0", "--device", "cpu", *argv]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         try:

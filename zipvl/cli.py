@@ -119,7 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     called = Path(sys.argv[0]).name
     parser = Parser(
         prog="python -m zipvl" if called == "__main__.py" else called,
-        usage="%(prog)s [-m MODEL] [-v FILE] [-i FILE] [-p TEXT] [options]",
+        usage="%(prog)s [-m MODEL] [-v FILE] [-i FILE] [-p TEXT] [options]\n"
+        "       %(prog)s serve [options]    (the same over HTTP: docs/serve.md)",
         description="Ask a LLaVA-family model about pictures and videos: "
         '%(prog)s -v clip.mp4 -p "What happens?"',
         allow_abbrev=False,
@@ -309,13 +310,15 @@ def abrupt() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """The program with arguments `argv` (None: of this process). Returns the exit code."""
-    a = argparse.Namespace(verbose=False)
+    a, words = argparse.Namespace(verbose=False), sys.argv[1:] if argv is None else argv
     try:
         open_streams()
+        if words[:1] == ["serve"]:
+            return import_module("zipvl.serve.app").main(words[1:])
         with abrupt():
             parser = build_parser()
-            parser.parse_args(argv, a)
-            a.argv = sys.argv[1:] if argv is None else argv
+            parser.parse_args(words, a)
+            a.argv = words
             if a.list_methods:
                 print("\n".join(f"{name:<17}{text}" for name, text in methods().items()))
                 return 0

@@ -45,7 +45,7 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("--port PORT", 8000, "0: any that is free (default 8000)"),
         ("--token TEXT", str, "what requests must bear; or ZIPVL_TOKEN, or a file"),
         ("--token-file FILE", str, "the token is its first line"),
-        ("--open", False, "no token although other machines may ask"),
+        ("--anyone", False, "no token although other machines may ask"),
         ("--media-root DIR", str, "file:// may name files below it (default: none)"),
     ],
     "ceilings of a request": [
@@ -114,10 +114,10 @@ def check(a: argparse.Namespace) -> None:
     if a.reuse not in (None, *REUSE):
         raise UsageError(f"--reuse is {a.reuse!r}: give one of {', '.join(REUSE)}")
     a.token = read_token(a)
-    if a.token is None and not a.open and not is_loopback(a.host):
+    if a.token is None and not a.anyone and not is_loopback(a.host):
         raise UsageError(
             f"--host {a.host} lets other machines ask and there is no token: give --token-file, or "
-            "--open if that is meant"
+            "--anyone if that is meant"
         )
 
 
