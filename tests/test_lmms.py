@@ -389,7 +389,7 @@ def test_the_servers_score_is_lab_evals(
 ) -> None:
     """lmms-eval's own model `openai` asks the server, which takes every question alone."""
     pytest.importorskip("zipvl.serve.routes", reason="needs pip install 'zipvl[serve]'")
-    serve = [sys.executable, "-m", "zipvl.serve", "--port", "0", "--media-root", str(task), "--method", METHOD,
+    serve = [sys.executable, "-m", "zipvl", "serve", "--port", "0", "--media-root", str(task), "--method", METHOD,
              "--reuse", "none", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     with subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
