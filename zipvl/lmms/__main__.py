@@ -15,8 +15,8 @@ def main() -> int:
     """The command; the exit code is lmms-eval's."""
     if find_spec("lmms_eval") is None:
         say(
-            "error: lmms-eval is not installed: make an environment of its own for it, as "
-            "docs/evaluate.md says, and install zipvl there, too"
+            "error: lmms-eval is not installed: make an environment of its own (python -m venv "
+            "lmms), install zipvl there and pip install lmms-eval 'filelock<4'; docs/evaluate.md"
         )
         return 1
     from lmms_eval.cli.dispatch import main as evaluate
