@@ -20,6 +20,7 @@ from zipvl.engine.load import demo_clip, load
 from zipvl.engine.session import Session
 from zipvl.policies import load_policy
 
+from ..raw import rounded
 from .model import DTYPES
 from .timing import Row, spread, versus
 
@@ -78,11 +79,11 @@ def row(args: argparse.Namespace, engine: Engine, inputs: Inputs, method: str,
     size = int(seconds.pop("file_bytes")[0])
     names = [f"question {n}" for n in (2, 3)]
     shares = {name: versus(seconds, name, "question 1") for name in names}
-    return {
+    return rounded({
         "bench": "sessions", "tokens": len(inputs), "batch": 1, "run": method,
         "questions": seconds, "of_first": shares, "file_bytes": size,
         "process": process(args, engine, inputs, method),
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def process(args: argparse.Namespace, engine: Engine, inputs: Inputs,
