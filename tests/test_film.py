@@ -14,7 +14,7 @@ from methods.untrained import NEEDS
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_session import FIRST, LAST, LIST, clip, engine, session
+from test_session import FEW, FIRST, LAST, LIST, clip, engine, session
 
 import zipvl
 from zipvl.engine import film
@@ -26,7 +26,8 @@ from zipvl.policy import Policy
 __all__ = ["clip", "engine"]  # fixtures
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "sgl"] + ["zipvl:kv_bits=4/2",
+@pytest.mark.parametrize("method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow)
+                         for m in METHODS if m != "sgl"] + ["zipvl:kv_bits=4/2",
                          "zipvl:summary=8", "kivi:residual=8,group=4"])  # fmt: skip
 def test_answers_are_the_same(
     engine: Engine, clip: zipvl.Inputs, method: str, tmp_path: Path

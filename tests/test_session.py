@@ -95,7 +95,23 @@ def test_64_tokens_of_hugging_face(every_engine: Callable, oracle: Callable, kin
         one.rewind()
 
 
-@pytest.mark.parametrize("method", METHODS)
+FEW = (
+    "dense",
+    "zipvl",
+    "zipvl-stream",
+    "zipvl-quant",
+    "hired",
+    "fastv",
+    "sgl",
+    "h2o",
+    "snapkv",
+    "think",
+)
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 @pytest.mark.parametrize("reuse", ["media", "general", "first"])
 def test_every_method_goes_on(engine: Engine, clip: zipvl.Inputs, method: str, reuse: str) -> None:
     """Three questions, a rewind, and the same again: nothing of a talk stays behind."""

@@ -106,7 +106,8 @@ def test_a_tiny_model_stays_close(
     folder: Path = oracle(family).folder
     exact, packed = zipvl.load(folder), zipvl.load(folder, weights=kind)
     hits = []
-    for ids in torch.randint(3, 60, (32, PACKED_ROWS)):
+    chance = torch.Generator().manual_seed(0)
+    for ids in torch.randint(3, 60, (32, PACKED_ROWS), generator=chance):
         a, b = (
             e.model.logits(e.model.text(e.model.text.embed_tokens(ids), [PACKED_ROWS]))
             for e in (exact, packed)
