@@ -323,6 +323,7 @@ def test_eight_bits_give_the_same_64_tokens(oracle: Callable, kind: str) -> None
         assert engine.generate(inputs, method, **options).tokens == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_eight_bits_tip_only_near_ties(oracle: Callable, kind: str) -> None:
     """On any picture, at 64 positions of the full-precision answer: the same next token, but for

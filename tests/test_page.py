@@ -57,8 +57,13 @@ def bits(part: dict[str, Any]) -> np.ndarray:
 
 # --- what was kept ----------------------------------------------------------------------------
 
+FEW = ("dense", "zipvl", "zipvl-stream", "hired", "fastv", "sparsevlm", "minference_ref", "h2o",
+       "snapkv", "elastic")  # fmt: skip
 
-@pytest.mark.parametrize("method", METHODS)
+
+@pytest.mark.parametrize(
+    "method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_watched_methods_keep_what_the_run_counted(engine: Engine, method: str) -> None:
     inputs = engine.prepare("List all objects in order.", video=zipvl.demo_clip(), frames=16)
     policy = load_policy(method, **NEEDS.get(method, {}))

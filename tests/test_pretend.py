@@ -52,6 +52,14 @@ NEWER = [
     "scope:budget=40,answer=2,recent=1", "think:window=16,budget=40", "tidal:budget=24,first=1",
     "attnpred_last:budget=48,sinks=16,local=16,dense=0",
 ]  # fmt: skip
+SOME = (
+    "sparsevlm",
+    "elastic",
+    "anchor_like",
+    "tidal:budget=24,first=1",
+    "think:window=16,budget=40",
+)
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 NEW, FEW = 4, 3  # tokens; layers
 BEFORE = dict(vars(torch.cuda))
 REAL = torch.cuda.is_available()
@@ -404,7 +412,7 @@ def test_every_method_is_here() -> None:
     assert names == METHODS.keys() - {"attnpred_reimpl"}  # reads as attnpred_last, by a file
 
 
-@pytest.mark.parametrize("method", SETTINGS + NEWER)
+@pytest.mark.parametrize("method", SETTINGS + [m if m in SOME else SLOW(m) for m in NEWER])
 def test_float32_answers_are_the_cpu_s(card: Card, method: str) -> None:
     """SDPA, in a ragged batch and alone; decoded by a graph where that can be."""
     engine = loaded("cuda", FEW, dtype="float32")
@@ -417,6 +425,7 @@ def test_float32_answers_are_the_cpu_s(card: Card, method: str) -> None:
 
 ALIKE = (  # to zipvl or snapkv, as far as attention can tell
     "zipvl-quant", "zipcache", "fixed", "random", "streaming", "snapkv:budget=40,summary", "zipvl+",
+    "zipvl:tau=0.9,kv_bits=4/2", "zipvl:tau=0.8,summary", "fastv:variant",
 )  # fmt: skip
 
 
@@ -448,9 +457,6 @@ def talk(engine: Engine, method: str, film: Path | None = None) -> list[list[int
     return [*tokens, one.ask("What comes last?", NEW).tokens]
 
 
-SLOW = partial(pytest.param, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     "method", [ZIPVL, "h2o:heavy=12,recent=12", SLOW("dense"), SLOW("zipvl-stream"), SLOW("think"),
                SLOW("snapkv:budget=40,summary=8"), SLOW("hired:ratio=0.4"),
@@ -466,7 +472,7 @@ def test_sessions(card: Card, method: str, options: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.parametrize("method", [ZIPVL, "snapkv:budget=40,summary=8"])
-@pytest.mark.parametrize(("dtype", "layers"), [("float32", FEW), ("bfloat16", 8)])
+@pytest.mark.parametrize(("dtype", "layers"), [SLOW("float32", FEW), ("bfloat16", 8)])
 @pytest.mark.parametrize("kernels", ["plain", "auto"])
 def test_without_kernels_of_ours(method: str, dtype: str, layers: int, kernels: str) -> None:
     """`--kernels plain`, and a PyTorch without Triton, which has graphs all the same."""
@@ -638,7 +644,7 @@ def test_waits(card: Card, method: str, limit: int, count: int) -> None:
         ("snapkv:budget=40,summary=8", 10, 1), ("zipvl-quant:interval=2", 17, 64),
         ("zipcache:interval=2", 14, 55), ("kivi:residual=32", 1, 1),
         # those of pictures wait before layer 0, sgl for its scout
-        *zip(NEWER, (28, 26, 13, 2, 11, 28, 4, 4, 5, 1, 5, 2, 4, 4, 2, 2, 1, 1), [1] * 18, strict=True),
+        *map(SLOW, NEWER, (28, 26, 13, 2, 11, 28, 4, 4, 5, 1, 5, 2, 4, 4, 2, 2, 1, 1), [1] * 18),
     ],
 )  # fmt: skip
 def test_waits_of_others(card: Card, method: str, layer: int, step: int) -> None:

@@ -85,10 +85,10 @@ def test_64_tokens_of_hugging_face(every_engine: Callable, oracle: Callable, kin
     one = every_engine(kind).session(case.images, case.video, frames=None, method="dense")
     wanted = oracle(kind).greedy(case.text, case.images, case.video)
     said = [{"role": "user", "content": case.words}]
-    for _ in range(2):
+    for n in (64, 12):
         turn = one.turn(said, Sampling())
-        assert len(list(turn.steps(64, True))) == 64
-        assert turn.tokens[0] == wanted
+        assert len(list(turn.steps(n, True))) == n
+        assert turn.tokens[0] == wanted[:n]
         one.rewind()
         again = one.ask("What else?", max_new_tokens=5)
         assert again.stats.reused == one.held.read

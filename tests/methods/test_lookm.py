@@ -61,7 +61,10 @@ def merged(x: np.ndarray, k: np.ndarray, kept: list[int], how: str) -> np.ndarra
 
 
 @pytest.mark.parametrize(("groups", "seed"), [(1, 5), (2, 0), (4, 5)])
-@pytest.mark.parametrize(("ratio", "recent"), [(0.01, 0.0), (0.2, 0.5), (0.5, 0.3), (0.9, 1.0)])
+@pytest.mark.parametrize(
+    ("ratio", "recent"),
+    [(0.01, 0.0), (0.2, 0.5), (0.5, 0.3), pytest.param(0.9, 1.0, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("merge", ["pivot", "average", "none"])
 def test_sets_and_merging(ratio: float, recent: float, merge: str, groups: int, seed: int) -> None:
     toy, T = Toy.build(4, groups, seed), 64 + seed

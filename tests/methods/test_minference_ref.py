@@ -93,10 +93,10 @@ def seen(plan: Plan, T: int, heads: int) -> np.ndarray:
     ("groups", "T", "vertical", "slash", "rows"),
     [
         (1, 200, 1, 1, 64),
-        (2, 333, 45, 101, 64),
+        pytest.param(2, 333, 45, 101, 64, marks=pytest.mark.slow),
         pytest.param(4, 500, 31, 105, 7, marks=pytest.mark.slow),
         (4, 257, 100, 55, 1),
-        (2, 300, 60, 101, 300),
+        pytest.param(2, 300, 60, 101, 300, marks=pytest.mark.slow),
         (2, 290, 30, 100, 1000),  # more rows than tokens
         (1, 51, 1, 1, 64),  # below both windows, above the least offsets
         (2, 50, 1, 1, 64),

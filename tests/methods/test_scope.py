@@ -85,7 +85,14 @@ class Spy(SCOPE):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("groups", "seed"), [(1, 0), (2, 1)])
 @pytest.mark.parametrize(
-    ("answer", "recent", "delta"), [(5, 2, 4), (1, 1, 1), (6, 6, 5), (9, 1, 3), (40, 30, 7)]
+    ("answer", "recent", "delta"),
+    [
+        (5, 2, 4),
+        (1, 1, 1),
+        (6, 6, 5),
+        pytest.param(9, 1, 3, marks=pytest.mark.slow),
+        pytest.param(40, 30, 7, marks=pytest.mark.slow),
+    ],
 )
 def test_what_stays_step_by_step(
     strategy: str, groups: int, seed: int, answer: int, recent: int, delta: int

@@ -60,7 +60,7 @@ class Sums(Policy):
 @pytest.mark.parametrize(
     ("layers", "depth", "at"), [(3, 0.4, 1), (8, 0.4, 3), (5, 0.0, 0), (6, 0.3, 1), (5, 0.9, 4)]
 )
-@pytest.mark.parametrize("length", [94, 90])
+@pytest.mark.parametrize("length", [94, pytest.param(90, marks=pytest.mark.slow)])
 def test_the_oracle_is_the_plain_sum(
     groups: int, layers: int, depth: float, at: int, length: int
 ) -> None:
