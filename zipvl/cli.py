@@ -48,9 +48,10 @@ if TYPE_CHECKING:
 
 REUSE = ("first", "general", "media", "none")  # as engine/session.py
 
+Options = dict[str, list[tuple[str, Any, str]]]
 # Every option: its names and what its value is called; its default, or what reads a value without
 # one (False: a switch without a value, []: may be repeated); help.
-OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
+OPTIONS: Options = {
     "what to ask": [
         ("-m --model MODEL", str, "checkpoint folder or hub id (default: bundled demo)"),
         ("-v --video FILE", [], "a video; may be repeated"),
@@ -126,7 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=Help,
     )
-    for title, rows in OPTIONS.items():
+    add_options(parser, OPTIONS)
+    parser.add_argument("--version", action="version", version=f"zipvl {__version__}")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, table: Options) -> None:
+    """The rows of a table like OPTIONS, in their groups."""
+    for title, rows in table.items():
         add = parser.add_argument_group(title).add_argument
         for names, value, text in rows:
             *flags, last = names.split()
@@ -138,8 +146,6 @@ def build_parser() -> argparse.ArgumentParser:
                 add(*flags, metavar=last, type=value, help=text)
             else:
                 add(*flags, metavar=last, type=type(value), default=value, help=text)
-    parser.add_argument("--version", action="version", version=f"zipvl {__version__}")
-    return parser
 
 
 def methods() -> dict[str, str]:

@@ -13,10 +13,11 @@ import re
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
+from ..cli import OPTIONS, Help, Options, Parser, add_options
 from ..errors import UsageError, ZipvlError
-from ..report import fault, plain, say
+from ..report import fault, say
 from .request import Limits
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ GIB = 2**30
 # "first" is not among them: the first question would have a say in the answers to all others.
 REUSE = ("general", "media", "none")
 SHUT_SECONDS = 5.0  # for the engine to leave the layer it is in
-# Every option: its names and what its value is called; its default, or what reads a value without
-# one (False: a switch); help.
-OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
+# Every option, as in cli.py.
+ROWS: Options = {
     "what answers": [
         ("-m --model MODEL", str, "checkpoint folder or hub id (default: bundled demo)"),
         ("--name NAME", str, "what requests call it (default: the model's last name)"),
@@ -63,20 +63,8 @@ OPTIONS: dict[str, list[tuple[str, Any, str]]] = {
         ("--cache-bytes BYTES", 2 * GIB, f"that sessions hold between requests ({2 * GIB})"),
         ("--drain-seconds S", 60.0, "for what is under way at the end (default 60)"),
     ],
-    "the machine": [
-        ("--device DEVICE", "auto", "auto, cpu, cuda, cuda:1, mps (default auto)"),
-        ("--dtype DTYPE", "auto", "bfloat16 (auto on CUDA, AMX CPUs), float32, float16"),
-        ("--attn ATTN", "auto", "auto, sdpa, torch-flash, cudnn, flash-attn(-3)"),
-        ("--weights KIND", "full", "packed, int8, int4: decode faster on a CPU"),
-        ("--kernels KIND", "auto", "plain: none fused, no graph"),
-        ("--verbose", False, "a traceback with every error"),
-    ],
+    "the machine": [*OPTIONS["the machine"], ("--verbose", False, "a traceback with every error")],
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(plain(message))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,17 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Answer requests of OpenAI's chat API about pictures and videos: "
         "docs/serve.md has the requests, SECURITY.md the promises.",
         allow_abbrev=False,
+        formatter_class=Help,
     )
-    for title, rows in OPTIONS.items():
-        add = parser.add_argument_group(title).add_argument
-        for names, value, text in rows:
-            *flags, last = names.split()
-            if value is False:
-                add(last, action="store_true", help=text)
-            elif callable(value):
-                add(*flags, metavar=last, type=value, help=text)
-            else:
-                add(*flags, metavar=last, type=type(value), default=value, help=text)
+    add_options(parser, ROWS)
     return parser
 
 
