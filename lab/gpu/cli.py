@@ -29,7 +29,7 @@ from .jobs import DRY, Bench, Job, Size, said
 from .roofline import Ceilings, measure_ceilings
 from .show import figures, line, table
 
-KINDS = ("tests", "prefill", "decode", "memory")
+KINDS = ("tests", "prefill", "decode", "extend", "memory")
 DRIVER = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
 
 

@@ -22,12 +22,12 @@ from zipvl.engine.stats import LayerStats, peak_memory, restart_peak
 from zipvl.model.cache import store_as
 from zipvl.model.vlm import VLM
 from zipvl.policies import load_policy
-from zipvl.policy import Notes
+from zipvl.policy import Notes, Policy
 
 from ..bench.benches import our_steps
 from ..bench.kv_memory import random_cache
 from ..bench.memory import ROOT
-from ..bench.model import Model
+from ..bench.model import QUESTION, Model
 from ..bench.timing import Row, timed
 from ..experiments.controls import Schedule
 from .roofline import Ceilings, allowed, floor
@@ -60,6 +60,7 @@ class Size:
     seconds: float = 6.0  # a row of prefill
     contexts: tuple[int, ...] = (8192, 2048, 32768, 131072)
     batches: tuple[int, ...] = (1, 8, 32)
+    asked: tuple[int, ...] = (65536, 131072)  # tokens of a film that a question follows
     many_heads: str = "llava-next-13b"
     cache: int = 24 * 2**30  # bytes of caches that are compared at equal memory
     free: int | None = None  # bytes; None: what the card says
@@ -67,7 +68,8 @@ class Size:
 
 
 DRY = Size("tiny", "cpu", torch.float32, "sdpa", (256, 128, 512, 64), 4, 128, 3, 0.05, (256, 64),
-           (1, 2, 8), "tiny-384", 2**20, 3 * 10**6, ("--co", "tests/test_cache.py"))  # fmt: skip
+           (1, 2, 8), (128,), "tiny-384", 2**20, 3 * 10**6,
+           ("--co", "tests/test_cache.py"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ class Bench:
                 yield Job("decode", about, [key], partial(self.decode, n, batch, ratio, way))
             if n == first:
                 yield Job("decode", about, [f"decode {n} bits"], partial(self.bits, n))
+        for n, ratio in product(s.asked, (1.0, 0.3)):
+            key = f"extend {n} ratio {ratio:g}"
+            yield Job("extend", about, [key], partial(self.extend, n, ratio))
         keys = ["decode equal memory 1", "decode equal memory 0.3"]
         yield Job("decode", f"{about}, {s.cache} bytes", keys, partial(self.equal, first))
         yield Job("memory", about, ["memory dense", "memory fixed 0.3"], self.memory)
@@ -150,7 +155,7 @@ class Bench:
         ]
         command = [*PYTEST, *self.size.tests, *map(str, files)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
-                              timeout=200)  # fmt: skip
+                              timeout=300)  # fmt: skip
         tail = (done.stdout + done.stderr).strip().splitlines()[-20:] or ["no word"]
         last = next((x for x in reversed(tail) if " in " in x and "warn" not in x.lower()), "")
         found = re.findall(r"(\d+) (passed|failed|skipped)", last)
@@ -256,6 +261,37 @@ class Bench:
             "seconds": seconds, "steps": each, "seconds_per_step": step, "moved": moved,
             "tokens_per_second": batch / step, "share": moved / step / self.top.bandwidth,
         }  # fmt: skip
+
+    def extend(self, tokens: int, ratio: float) -> Iterator[Row]:
+        """A session's later question, QUESTION tokens over the caches that a film of `tokens` left;
+        in turn with the prefill of both, of which some layers are done."""
+        shape, n = self.size.shape, QUESTION
+        whole, few = self.model(shape, self.size.depth), self.model(shape, self.size.few)
+        ids = torch.randint(whole.config.vocab_size, (tokens + n,), device=self.device)
+        places = torch.arange(tokens, tokens + n, device=self.device)
+        slots, policy = max(1, int(ratio * tokens)), load_policy(f"fixed:ratio={ratio:g}")
+        caches = whole.caches([slots], n)
+
+        def ask() -> None:
+            for cache in caches:
+                cache.spans.shrink([slots])
+            x = whole.decoder.embed_tokens(ids[tokens:])
+            hidden = whole.decoder.extend(x, [n], places, caches, Policy(), whole.attend)
+            whole.logits(hidden[-1:])
+
+        def read() -> None:
+            few.prefill(ids, policy if ratio < 1 else "dense", ROOM)
+
+        seconds, failed = self.turns({"ask": ask, "read": read})
+        row: Row = {"key": f"extend {tokens} ratio {ratio:g}", "run": f"ratio {ratio:g}",
+                    "tokens": tokens, "batch": 1, "question": n}  # fmt: skip
+        if failed:
+            yield row | {"error": "; ".join(failed.values())}
+            return
+        # of a prefill's last layer one row is computed
+        before = median(seconds["read"]) * (self.size.depth - 1) / (self.size.few - 1)
+        share = median(seconds["ask"]) / before
+        yield row | {"ask": seconds["ask"], "prefill": before, "of prefill": share}
 
     def bits(self, tokens: int) -> Iterator[Row]:
         """Kept tokens at 4 bits, the others at 2; turned back into numbers at every step."""

@@ -21,6 +21,9 @@ def line(row: Row) -> str:
         parts.append(f"{row['tokens_per_second']:.0f} tokens/s")
     elif "seconds" in row:
         parts.append(f"{spread(row['seconds'])} s, {row['layers']} layers, {row['attention']}")
+    if "ask" in row:
+        asked = spread([1000 * s for s in row["ask"]])
+        parts.append(f"{asked} ms, {row['of prefill']:.2%} of a prefill of {row['prefill']:.3g} s")
     parts += [f"{row[key]:.2f}x {key}" for key in row if key.startswith("over ")]
     parts += [f"{row['allowed']:.2f}x allowed"] if "allowed" in row else []
     if "share" in row:
@@ -55,6 +58,7 @@ def table(env: Row, rows: list[Row]) -> str:
         f"{env['dtype']} product {env['peak'] / 1e12:,.3g} TFLOP/s.",
         *prefill_table(sorted(kinds["prefill"], key=lambda r: r["tokens"])),
         *decode_table(sorted(kinds["decode"], key=lambda r: (r["tokens"], r["batch"]))),
+        *extend_table([r for r in good if r["bench"] == "extend"]),
         *head("peak memory", "tokens", "layers", "GiB", "weights", "cache"),
         *(cells(r["run"], r["tokens"], r["layers"], *(f"{r[what] / 2**30:.2f}" for what in
                 ("peak", "weights", "kv_bytes"))) for r in good if r["bench"] == "memory"),
@@ -88,6 +92,15 @@ def decode_table(rows: list[Row]) -> Iterator[str]:
             f"{r['tokens_per_second']:.1f}", f"{r['moved'] / 1e9:.3g}", f"{r['share']:.0%}",
             times(r, "over dense"),
         )  # fmt: skip
+
+
+def extend_table(rows: list[Row]) -> Iterator[str]:
+    yield from head("a later question, tokens before it", "cache", "its tokens", "first token, ms",
+                    "the prefill, s", "of it")  # fmt: skip
+    for r in rows:
+        asked = spread([1000 * s for s in r["ask"]])
+        yield cells(f"{r['tokens']:,}", r["run"], r["question"], asked, f"{r['prefill']:.3g}",
+                    f"{r['of prefill']:.2%}")  # fmt: skip
 
 
 def figures(env: Row, rows: list[Row], folder: Path) -> None:

@@ -41,7 +41,7 @@ def test_every_kind_of_row(done: Path) -> None:
     assert list(rows)[: len(PREFILL)] == PREFILL  # the most important first
     for row in rows.values():
         assert {"bench", "card", "settings"} <= row.keys()
-        assert {"seconds", "skipped", "peak"} & row.keys()
+        assert {"seconds", "skipped", "peak", "ask"} & row.keys()
         assert all(s > 0 for s in row.get("seconds", []))
         assert 0 < row.get("share", 0.5) < 1
     for n in DRY.lengths:
@@ -64,6 +64,11 @@ def test_every_kind_of_row(done: Path) -> None:
     places = [r["batch"] * (r["slots"] + jobs.ROOM + 2) * 2 * 2 * 2 * 16 * 4 for r in (few, many)]
     assert all(0.9 * DRY.cache < n <= DRY.cache for n in places)
     assert many["over dense"] > 0
+    for ratio in ("1", "0.3"):
+        asked = rows[f"extend 128 ratio {ratio}"]
+        assert asked["of prefill"] == pytest.approx(
+            median(asked["ask"]) / asked["prefill"], rel=0.01
+        )
     assert rows["memory dense"]["kv_bytes"] > rows["memory fixed 0.3"]["kv_bytes"]
 
 
@@ -74,6 +79,7 @@ def test_table_and_figures(done: Path) -> None:
     assert table.count("| fixed 0.3 |") == len(DRY.lengths) + 1
     assert "- decode 256 x 8 ratio 1, graph | skipped: caches need 0.0" in table
     assert "paper: 2.8x" in table
+    assert "| 128 | ratio 0.3 | 64 |" in table
     for name in ("prefill.png", "decode.png"):
         assert (done / name).read_bytes()[:4] == b"\x89PNG"
         assert (done / name).stat().st_size < 60_000
@@ -158,7 +164,10 @@ def test_gpu_tests_are_counted(
     ("words", "said"),
     [
         ([], "there is no CUDA device here: --dry"),
-        (["--only", "prefill,foo"], "--only: 'foo': give some of tests, prefill, decode, memory"),
+        (
+            ["--only", "prefill,foo"],
+            "--only: 'foo': give some of tests, prefill, decode, extend, memory",
+        ),
         (["--minutes", "x"], "--minutes"),
     ],
 )
@@ -176,7 +185,7 @@ def test_make_gpu_gives_what_the_command_needs() -> None:
     [line] = [x for x in (ROOT / "Makefile").read_text().splitlines() if "lab.gpu" in x]
     assert line.endswith("-m lab.gpu $(if $(DRY),--dry)")
     assert parse([]).out == Path("lab/results/gpu")
-    assert parse(["--dry"]).only == ["tests", "prefill", "decode", "memory"]
+    assert parse(["--dry"]).only == ["tests", "prefill", "decode", "extend", "memory"]
 
 
 def test_few_layers_stand_for_all() -> None:
