@@ -33,7 +33,7 @@ import zipvl
 
 ZIPVL, CARDS, MIB, CPU = str(Path(zipvl.__file__).parent) + os.sep, 2, 1 << 20, torch.device("cpu")
 SCALARS = {  # operators that take a CPU tensor without dimensions for the number it holds
-    "add", "sub", "rsub", "mul", "div", "pow", "remainder", "maximum", "minimum", "clamp", "where", "lt", "le",
+    "add", "sub", "rsub", "mul", "div", "pow", "remainder", "maximum", "minimum", "clamp", "lt", "le",
     "gt", "ge", "eq", "ne", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "lerp", "addcmul", "fill",
 }  # fmt: skip
 READS = {  # operators whose result, or its size, the host needs
@@ -175,6 +175,8 @@ class Card:
         for t in strangers:
             if any(t is p for p in places):
                 self.wait("places from the host")
+            elif base == "where" and t.dim() == 0:
+                self.wait("copy to the device")
             else:
                 known = t.dim() == 0 and (base in SCALARS or t is value)
                 demand(known, f"{name} of tensors on cpu and {self.home}")

@@ -39,11 +39,19 @@ def hidden(seen: Tensor) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
 
 
-def flash(capability: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, q_edges: Tensor, k_edges: Tensor,
-          q_most: int, k_most: int, dropout: float, causal: bool, debug: bool, *,
+def flash(capability: tuple[int, int], q: Tensor, k: Tensor, v: Tensor, q_edges: Tensor | None,
+          k_edges: Tensor | None, q_most: int, k_most: int, dropout: float, causal: bool, debug: bool, *,
           seqused_k: Tensor | None = None) -> tuple:  # fmt: skip
     """_flash_attention_forward of packed sequences, with the checks of mha_varlen_fwd (flash_api.cpp):
-    output [rows, H, D] and log-sum-exp [H, rows], which is +inf where there are no keys."""
+    output [rows, H, D] and log-sum-exp [H, rows], which is +inf where there are no keys. Without
+    edges (mha_fwd) sequences of equal lengths lie in q, k, v [1, rows, H, D]; here it is one."""
+    if q_edges is None or k_edges is None:
+        demand(q_edges is k_edges is seqused_k and len(q) == len(k) == 1, "half a packed batch")
+        demand((q.shape[1], k.shape[1]) == (q_most, k_most), "wrong lengths")
+        edges = [torch.tensor([0, n], dtype=torch.int32) for n in (q_most, k_most)]
+        packed = (q[0], k[0], v[0], *edges, q_most, k_most, dropout, causal, debug)
+        out, mass, *rest = flash(capability, *packed)
+        return out[None], mass[None], *rest
     (rows, H, D), slots, B = q.shape, len(k), len(q_edges) - 1
     places = [q_edges, k_edges] if seqused_k is None else [q_edges, k_edges, seqused_k]
     demand(capability >= AMPERE, "not before Ampere")

@@ -145,7 +145,7 @@ SAYS: list[tuple[str, Callable[[Tensor, Tensor], Any]]] = [  # of x on CUDA and 
     ("refused", lambda x, y: x.numpy()),
     ("refused", lambda x, y: np.asarray(x)),
     ("free", lambda x, y: x + y[0]),
-    ("free", lambda x, y: torch.where(x > 2, x, y[0])),
+    ("free", lambda x, y: torch.where(x > 2, x, 3.0)),
     ("free", lambda x, y: x.masked_fill(x > 2, y[0])),
     ("free", lambda x, y: x.view(2, 3).topk(2).indices.sort().values.cumsum(0)),
     ("free", lambda x, y: x.repeat_interleave(3)),
@@ -158,6 +158,7 @@ SAYS: list[tuple[str, Callable[[Tensor, Tensor], Any]]] = [  # of x on CUDA and 
     ("waits", lambda x, y: y.pin_memory().to("cuda")),
     ("waits", lambda x, y: y.to("cuda")),
     ("waits", lambda x, y: y.to(x)),
+    ("waits", lambda x, y: torch.where(x > 2, x, y[0])),
     ("waits", lambda x, y: y.cuda()),
     ("waits", lambda x, y: x.copy_(y)),
     ("waits", lambda x, y: x.cpu()),
@@ -203,7 +204,7 @@ def test_operators_on_a_gpu(verdict: str, said: Callable) -> None:
     """The real thing agrees with the pretended."""
     x, found = torch.arange(6.0, device="cuda"), "free"
     with suppress(RuntimeError, TypeError):
-        said(x, torch.arange(6.0))  # its kernels are loaded, which waits
+        said(x.clone(), torch.arange(6.0))  # its kernels are loaded, which waits
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as heard:
@@ -328,7 +329,8 @@ def heads(
 
 
 @pytest.mark.parametrize(
-    ("rows", "slots"), [([5, 1, 9], [5, 1, 9]), ([1, 1], [7, 12]), ([3, 2], [8, 2])]
+    ("rows", "slots"),
+    [([5, 1, 9], [5, 1, 9]), ([1, 1], [7, 12]), ([3, 2], [8, 2]), ([3], [8]), ([0, 2], [4, 9])],
 )
 @torch.inference_mode()
 def test_flash_attention_is_attention(card: Card, rows: list[int], slots: list[int]) -> None:

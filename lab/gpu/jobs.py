@@ -156,8 +156,8 @@ class Bench:
         command = [*PYTEST, *self.size.tests, *map(str, files)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
                               timeout=300)  # fmt: skip
-        tail = (done.stdout + done.stderr).strip().splitlines()[-20:] or ["no word"]
-        last = next((x for x in reversed(tail) if " in " in x and "warn" not in x.lower()), "")
+        tail = (done.stdout.strip() or done.stderr.strip() or "no word").splitlines()[-20:]
+        last = next((x for x in reversed(tail) if re.search(r" in [\d.]+s", x)), "")
         found = re.findall(r"(\d+) (passed|failed|skipped)", last)
         row: Row = {"key": "tests", "passed": 0, "failed": 0, "tail": tail}
         row |= {what: int(n) for n, what in found}
