@@ -126,6 +126,15 @@ def check_gate(device: str, dtype: torch.dtype, n: int, F: int) -> None:
 
 
 def check_rotate(device: str, dtype: torch.dtype, n: int, heads: int, D: int) -> None:
+    """On a card, as often as it takes until the rounding of few numbers is no matter of luck."""
+    times = 1 if device == "cpu" else -(-20000 // (n * heads * D))
+    errors = [rotated(device, dtype, n, heads, D) for _ in range(times)]
+    ours, theirs = (sum(error[i] ** 2 for error in errors) ** 0.5 for i in range(2))
+    assert ours <= 1.01 * theirs
+
+
+def rotated(device: str, dtype: torch.dtype, n: int, heads: int, D: int) -> tuple[float, float]:
+    """The kernel's error and the readable path's, both 0 where they have to be the same."""
     x = torch.randn(n, heads + 2, D, device=device).to(dtype)[:, 1:-1]
     angles = torch.rand(n + 1, 1, D // 2, device=device)[1:] * 100
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -135,9 +144,9 @@ def check_rotate(device: str, dtype: torch.dtype, n: int, heads: int, D: int) ->
     assert out.is_contiguous()
     if device == "cpu" and dtype != torch.float32:
         assert torch.equal(out, want)
-        return
+        return 0.0, 0.0
     exact = Rotate()(x.double(), cos.double(), sin.double())  # a GPU rounds less on the way
-    assert (out - exact).norm() <= 1.01 * (want - exact).norm()
+    return float((out - exact).norm()), float((want - exact).norm())
 
 
 def check_step(device: str, dtype: torch.dtype, lengths: list[int], R: int, G: int, D: int,
