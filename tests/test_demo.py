@@ -73,7 +73,7 @@ def test_sizes() -> None:
     assert zipvl.demo_clip().stat().st_size < 500e3
     assert raw["text_config"]["num_hidden_layers"] >= 8
     with safe_open(FOLDER / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(k).dtype for k in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert {file.get_tensor(k).dtype for k in file.keys()} == {torch.bfloat16}  # noqa: SIM118 - safe_open is no dict
 
 
 def test_hf_reads_the_tokenizer_and_template(engine: Engine) -> None:

@@ -199,7 +199,7 @@ def altered(saved: Path, path: Path, tensors: dict | None = None, **changes: obj
     """The same file with another `about`, and a hash that fits: somebody meant it."""
     with safe_open(saved, "pt") as file:
         about = json.loads(file.metadata()["about"]) | changes
-        found = {name: file.get_tensor(name) for name in file.keys()} | (tensors or {})  # noqa: SIM118
+        found = {name: file.get_tensor(name) for name in file.keys()} | (tensors or {})  # noqa: SIM118 - safe_open is no dict
     text = json.dumps(about)
     save_file(found, path, {"about": text, "sha256": film.digest(text, found)})
 
@@ -261,7 +261,7 @@ def test_a_weight_that_changed_is_another_model(tmp_path: Path) -> None:
     before = film.identity(zipvl.load(folder, device="cpu"))
     [file] = folder.glob("*.safetensors")
     with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - safe_open is no dict
     name = next(name for name in tensors if "v_proj" in name)
     flat = tensors[name].flatten()
     flat[len(flat) // 2] += 1

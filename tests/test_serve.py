@@ -534,23 +534,21 @@ def test_markers_in_a_text_place_nothing(served: Served, words: str) -> None:
     served.refused(user(link("image", served.root / "picture.png"), text(words)))
 
 
-def test_stops_and_lengths(served: Served) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_stops_and_lengths(served: Served, stream: bool) -> None:
     messages = user(link("video", served.root / "clip.mp4"), text(ASKED))
-    for stream in (False, True):
 
-        def said(**more: Any) -> tuple[str, str]:
-            got = served.ask(messages, stream=stream, **more)  # noqa: B023
-            if not stream:  # noqa: B023
-                return got.choices[0].message.content, got.choices[0].finish_reason
-            chunks = list(got)
-            return "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[
-                0
-            ].finish_reason
+    def said(**more: Any) -> tuple[str, str]:
+        got = served.ask(messages, stream=stream, **more)
+        if not stream:
+            return got.choices[0].message.content, got.choices[0].finish_reason
+        choices = [chunk.choices[0] for chunk in got]
+        return "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason
 
-        assert said(stop=", yellow") == ("red star, blue 7", "stop")
-        assert said(stop=["heart", "r, b"]) == ("red sta", "stop")
-        assert said(stop="nowhere")[0].endswith("green ring")
-        assert said(max_tokens=3) == ("red star,", "length")
+    assert said(stop=", yellow") == ("red star, blue 7", "stop")
+    assert said(stop=["heart", "r, b"]) == ("red sta", "stop")
+    assert said(stop="nowhere")[0].endswith("green ring")
+    assert said(max_tokens=3) == ("red star,", "length")
 
 
 def test_sampling_is_seeded(served: Served) -> None:
@@ -809,7 +807,7 @@ def test_a_page_cannot_post_without_asking_first(served: Served) -> None:
 
 
 def test_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = routes.Guard(app=None, hosts=None, token="s3cret")  # type: ignore[arg-type]
+    guard = routes.Guard(app=routes.Starlette(), hosts=None, token="s3cret")
 
     def check(authorization: str | None, path: str = "/v1/models") -> int:
         headers = {"authorization": authorization} if authorization is not None else {}
@@ -1010,7 +1008,8 @@ def test_clients_that_leave(served: Served, gate: threading.Event) -> None:
     for n in range(3):
         there.append(served.connect())
         there[-1].sendall(served.post(content).encode() + content)
-        until(lambda: worker.job and len(worker.queue) == n and len(served.spool) == n + 1)  # noqa: B023
+        waiting = lambda n=n: worker.job and len(worker.queue) == n and len(served.spool) == n + 1
+        until(waiting)
     there[1].close()
     until(lambda: len(worker.queue) == 1)
     assert len(served.spool) == 2

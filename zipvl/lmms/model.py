@@ -146,6 +146,8 @@ class ZipvlModel(lmms):
         del self.engine
         super().clean()
 
+    # Abstract in lmms-eval's class, for tasks of other kinds.
+
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("zipvl answers tasks that generate text, not loglikelihood ones")
 

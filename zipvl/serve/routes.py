@@ -296,6 +296,7 @@ class Protocol(H11Protocol):
     late: asyncio.TimerHandle | None = None  # no request is being answered
     stuck: asyncio.TimerHandle | None = None  # what is written is not read
 
+    # uvicorn's own method takes no other kind of transport either
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
