@@ -129,7 +129,8 @@ def load(engine: Runtime, path: str | os.PathLike, method: str | Policy | None =
         about = agreed(engine, path, header)
         policy = chosen(path, about, method)
         with memory_errors(torch.device("cpu"), f"reading {path}", "save it with fewer --frames"):
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
+            names = file.keys()  # no dict: it has to be asked
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     if header.get("sha256") != digest(header["about"], tensors):
         raise ModelError(f"{path} is damaged, or was changed: save it again")
     try:
