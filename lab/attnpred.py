@@ -77,7 +77,7 @@ class Answer:
 
 def record(engine: Engine, item: Item) -> Answer:
     """What the model looks at while it answers a question."""
-    side = min(2 * engine.config.media.size, LARGEST)
+    side = min(2 * engine.config.vision.media.size, LARGEST)
     inputs = engine.prepare(item.question, video=item.video(side).numpy(), frames=item.frames)
     run = Run(engine, [inputs], Recorder(dense=0), Sampling())
     for _ in run.steps(ANSWER, ignore_eos=False):

@@ -42,7 +42,7 @@ def measured(args: argparse.Namespace) -> list[float]:
     policy = load_policy("prefixkv", ratio=args.ratio)
     items = task_items("all", args.frames, args.samples, args.seed)
     engine = load(args.model, device=args.device)
-    side, found = min(2 * engine.config.media.size, LARGEST), []
+    side, found = min(2 * engine.config.vision.media.size, LARGEST), []
     for item in tqdm(items, unit="prompt", disable=not sys.stderr.isatty()):
         video = item.video(side).numpy()
         inputs = engine.prepare(item.question, video=video, frames=item.frames)

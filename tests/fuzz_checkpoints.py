@@ -77,8 +77,9 @@ def build_checkpoints(root: Path) -> None:
             (folder / "tower" / "config.json").write_text(json.dumps(CLIP))
         torch.manual_seed(0)
         tensors = {
-            name.replace("vision.", "vision_tower.vision_model.", 1) if name.startswith("vision.")
-            else name.replace("projector.", "model.mm_projector."): tensor.detach().clone()
+            name.replace("vision.tower.", "vision_tower.vision_model.").replace(
+                "vision.projector.", "model.mm_projector."
+            ).replace("vision.newline", "image_newline"): tensor.detach().clone()
             for name, tensor in VLM(read_config(folder)).state_dict().items()
         }  # fmt: skip
         if name == "next":  # in two files

@@ -12,7 +12,8 @@ from PIL import Image
 
 from zipvl.config import MediaConfig
 from zipvl.engine.load import DEMO
-from zipvl.vision.image import crops, fit_frame, open_image
+from zipvl.vision.llava import crops, fit_frame, plan
+from zipvl.vision.source import open_image
 from zipvl.vision.video import Reading
 
 # --- videos -------------------------------------------------------------------------------------
@@ -261,4 +262,5 @@ def look(folder: Path) -> None:
     """The crops of a picture, as two families make them."""
     (path,) = folder.iterdir()
     for media in (PLAIN, TILED):
-        crops(open_image(path), media, alone=True)
+        image = open_image(path)
+        crops(image, media, plan(image.height, image.width, media, True))

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from zipvl.engine.speed import attend_masked
-from zipvl.linear import SwiGLU
+from zipvl.linear import SwiGLU, rms_norm
 from zipvl.model.attention import probe_mass
 from zipvl.model.batch import Rotate
-from zipvl.model.decoder import rms_norm
 
 HALF = (torch.float16, torch.bfloat16)
 AMPERE = (8, 0)

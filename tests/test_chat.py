@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers_tiny import CHATML, CORPUS, VICUNA, write_llama_like, write_qwen_like
 from transformers import PreTrainedTokenizerFast
 
-from zipvl.config import MediaConfig, ModelConfig, TextConfig, VisionConfig
+from zipvl.config import ModelConfig, TextConfig
 from zipvl.errors import ModelError, UsageError
 from zipvl.model.chat import BUILT_IN, Chat
 from zipvl.model.tokenizer import read_sentencepiece
@@ -42,19 +42,15 @@ def model_config(
     layout: str = "hf",
     family: str = "llava",
     image: int = -200,
-    video: int = -200,
+    video: int | None = None,
 ) -> ModelConfig:
     return ModelConfig(
         text=TextConfig(kind, 600, 8, 8, 1, 1, 1, 8, 1e-6, 1e4),
-        vision=VisionConfig("clip", 8, 8, 1, 1, 28, 14, 1e-5, "gelu", (1,), True),
-        media=MediaConfig(28, "crop", (0.5,) * 3, (0.5,) * 3, "crop"),
+        vision=None,
         family=family,
         layout=layout,
-        projector="linear",
-        projector_bias=True,
-        newline=False,
         image_token=image,
-        video_token=video,
+        video_token=image if video is None else video,
     )
 
 

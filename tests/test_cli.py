@@ -37,7 +37,7 @@ from zipvl.engine import load as engine_load
 from zipvl.engine import session as engine_session
 from zipvl.engine.stats import Stats
 from zipvl.model.decoder import Decoder
-from zipvl.model.vlm import VLM
+from zipvl.vision.family import Family
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "generate.py")
@@ -235,8 +235,8 @@ def test_compare_as_json(cli: Cli) -> None:
 
 
 def test_compare_encodes_once(cli: Cli) -> None:
-    calls, encode = [], VLM.encode
-    cli.patch.setattr(VLM, "encode", lambda *a, **o: calls.append(1) or encode(*a, **o))
+    calls, encode = [], Family.encode
+    cli.patch.setattr(Family, "encode", lambda *a, **o: calls.append(1) or encode(*a, **o))
     assert cli.ask("--compare", "dense,zipvl,zipvl-stream")[0] == 0
     assert len(calls) == 1
 
@@ -895,7 +895,7 @@ def interrupting(function: Callable, call: int = 1) -> Callable:
     [
         (engine_load, "load_weights"),
         (engine_inputs, "Reading"),
-        (VLM, "encode"),
+        (Family, "encode"),
         (Decoder, "prefill"),
     ],
 )
@@ -1079,9 +1079,9 @@ def test_chat_turns_build_on_each_other(cli: Cli, files: Path) -> None:
 
 def test_chat_reads_and_encodes_once(cli: Cli) -> None:
     reads, encodes = [], []
-    read, encode = engine_inputs.Reading, VLM.encode
+    read, encode = engine_inputs.Reading, Family.encode
     cli.patch.setattr(engine_inputs, "Reading", lambda *a, **k: reads.append(a[0]) or read(*a, **k))
-    cli.patch.setattr(VLM, "encode", lambda *a, **k: encodes.append(1) or encode(*a, **k))
+    cli.patch.setattr(Family, "encode", lambda *a, **k: encodes.append(1) or encode(*a, **k))
     picture = cli.files / "picture.png"
     code, _, err = cli.chat("What?", "And?", "/clear", "Who?", f"/image {picture}", "Now?")
     assert (code, err.count("error")) == (0, 0)

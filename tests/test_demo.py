@@ -13,7 +13,6 @@ import zipvl
 from lab.demo import checkpoint
 from lab.demo.make_clip import CLIP, CLIP_QUESTIONS, PICTURE, PICTURE_QUESTIONS
 from zipvl.engine.engine import Engine
-from zipvl.vision.image import normalise
 
 DEMO = Path(zipvl.__file__).parent / "demo"
 FOLDER, PICTURE_FILE = DEMO / "model", DEMO / "picture.png"
@@ -95,8 +94,7 @@ def test_hf_reads_the_tokenizer_and_template(engine: Engine) -> None:
 def test_hf_logits_and_answers_on_the_clip(engine: Engine, hf: torch.nn.Module) -> None:
     for question, _ in CLIP_QUESTIONS[:2]:
         inputs = engine.prepare(question, video=zipvl.demo_clip(), frames=16)
-        media, device = engine.config.media, torch.device("cpu")
-        pixels = normalise(inputs.media[0].crops, media, torch.float32, device)[None]
+        pixels = engine.model.vision.pixels(inputs.media[0].crops)[None]
         given = {"input_ids": inputs.input_ids[None], "pixel_values_videos": pixels}
         logits = hf(**given).logits[0]
         assert (engine.logits(inputs) - logits).abs().max() < 1e-4

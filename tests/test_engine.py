@@ -860,10 +860,10 @@ def test_three_questions_about_a_video_read_it_once(
     engine: Engine, video: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads, encoded = [], []
-    read, encode = engine_inputs.Reading, type(engine.model).encode
+    read, encode = engine_inputs.Reading, type(engine.model.vision).encode
     monkeypatch.setattr(engine_inputs, "Reading", lambda *a, **k: reads.append(1) or read(*a, **k))
     monkeypatch.setattr(
-        type(engine.model), "encode", lambda *a, **k: encoded.append(1) or encode(*a, **k)
+        type(engine.model.vision), "encode", lambda *a, **k: encoded.append(1) or encode(*a, **k)
     )
     questions = ["What?", "Where is it now?", "Who?"]
     options = {"max_new_tokens": 4, "ignore_eos": True}

@@ -205,7 +205,7 @@ def altered(saved: Path, path: Path, tensors: dict | None = None, **changes: obj
 
 
 @pytest.mark.parametrize("changes", [
-    {"version": 2}, {"version": None}, {"model": "x"}, {"dtype": "torch.bfloat16"}, {"dtype": 3},
+    {"version": 1}, {"version": None}, {"model": "x"}, {"dtype": "torch.bfloat16"}, {"dtype": 3},
     {"method": None}, {"method": {"name": "dense", "options": {}}}, {"policy": "x"}, {"media": None},
     {"method": {"name": "my.py:Class", "options": {}}}, {"method": {"name": "zipvl", "options": 3}},
     {"method": {"name": "zipvl", "options": {"x": 1}}}, {"method": []},

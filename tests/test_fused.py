@@ -20,10 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from zipvl.linear import SwiGLU
+from zipvl.linear import SwiGLU, rms_norm
 from zipvl.model import attention
 from zipvl.model.batch import Rotate, Spans
-from zipvl.model.decoder import rms_norm
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(

@@ -22,11 +22,10 @@ import zipvl
 from zipvl.engine.engine import Engine
 from zipvl.engine.run import Step
 from zipvl.engine.speed import FusedNorm, GraphStep, StaticStep, attend_masked, fuse
-from zipvl.linear import SwiGLU
+from zipvl.linear import SwiGLU, rms_norm
 from zipvl.model.attention import probe_mass
 from zipvl.model.backends import BACKENDS, usable
 from zipvl.model.batch import Rotate, Spans
-from zipvl.model.decoder import rms_norm
 from zipvl.model.kernels import attend_sdpa
 from zipvl.policies import Dense
 

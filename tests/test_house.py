@@ -23,18 +23,18 @@ NEW = len(RIVALS) - 7  # since there were seven
 RINGS = {  # non-blank lines allowed; a new method may add 60 to its ring, a new family its own file
     "method": (2360, "model/batch model/kernels model/attention model/decoder model/vlm linear "
                "model/cache policy policies/zipvl engine/engine engine/run engine/sampler engine/stats"),
-    "doors": (3140, "config model/layouts model/weights model/chat model/sandbox model/tokenizer "
-              "vision/encoder vision/source vision/image vision/merge vision/index vision/video "
+    "doors": (3340, "config model/layouts model/weights model/chat model/sandbox model/tokenizer "
+              "vision/family vision/llava vision/encoder vision/source vision/index vision/video "
               "engine/inputs engine/load errors"),
     "rivals and formats": (890 + 60 * NEW, "policies/__init__ " + " ".join(RIVALS) +
                            " model/quant model/cache_quant model/cache_thin"),
-    "sessions": (630, "engine/session engine/film talk"),
+    "sessions": (640, "engine/session engine/film talk"),
     "harness": (285, "lmms/__init__ lmms/__main__ lmms/request lmms/model"),
     "app": (640, "cli report __init__ __main__"),
     "study": (390, "compare page"),
     "serve": (1340, "serve/__init__ serve/app serve/media serve/request serve/routes "
               "serve/worker"),
-    "speed": (630, "engine/speed model/backends model/fused model/fused_decode"),
+    "speed": (640, "engine/speed model/backends model/fused model/fused_decode"),
 }  # fmt: skip
 APART = ("testing", "demo")  # public helpers for methods; data
 FLOORS = (  # nobody imports upwards
@@ -51,7 +51,7 @@ FLOORS = (  # nobody imports upwards
     {"__main__", "lmms", "serve"},
 )
 MAX_FUNCTION, MAX_COLUMNS, SMELL = 60, 100, 400
-MAX_ENTERED, MAX_NAMES, MAX_METHOD = 31, 15, 70
+MAX_ENTERED, MAX_NAMES, MAX_METHOD = 31, 16, 70
 RING_ROW = re.compile(r"^(\| *([a-z ]+?) *\|[^|]*\|) *[\d,]+ *\| *\d+ *\|$", re.M)
 SENTENCE = re.compile(r"method is [\d,]+ lines, the engine [\d,]+")
 

@@ -26,9 +26,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from zipvl.config import MediaConfig
 from zipvl.errors import MediaError
 from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS
-from zipvl.vision import image as image_module
-from zipvl.vision.image import best_canvas, crops, fit_frame, normalise, open_image, plan
-from zipvl.vision.source import FORMATS, MAX_PIXELS, check_image, opened_image
+from zipvl.vision import llava
+from zipvl.vision.family import Geometry, normalise
+from zipvl.vision.llava import best_canvas, crops, fit_frame, plan
+from zipvl.vision.source import FORMATS, MAX_PIXELS, check_image, open_image, opened_image
 
 SIZES = [(1, 1), (1, 50), (50, 1), (56, 56), (72, 72), (100, 75), (61, 200), (300, 60), (57, 113),
          (430, 431), (640, 480)]  # fmt: skip
@@ -54,10 +55,19 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray((slope + noise).astype(np.uint8))
 
 
+def cropped(image: Image.Image, media: MediaConfig, alone: bool) -> tuple[np.ndarray, Geometry]:
+    geometry = plan(image.height, image.width, media, alone)
+    return crops(image, media, geometry), geometry
+
+
+def normalised(cut: torch.Tensor, media: MediaConfig, dtype: torch.dtype) -> torch.Tensor:
+    return normalise(cut, media.mean, media.std, dtype, torch.device("cpu"))
+
+
 def ours(image: Image.Image, media: MediaConfig, alone: bool = True) -> torch.Tensor:
-    cut, _ = crops(image, media, alone)
+    cut, _ = cropped(image, media, alone)
     assert cut.dtype == np.uint8
-    return normalise(torch.from_numpy(cut), media, torch.float32, torch.device("cpu"))
+    return normalised(torch.from_numpy(cut), media, torch.float32)
 
 
 def equal(found: torch.Tensor, expected) -> None:
@@ -92,14 +102,14 @@ def test_any_resolution_equals_the_processors(size):
 def test_a_frame_is_fitted_as_a_plain_picture(media):
     image = picture(131, 83)
     fitted = fit_frame(np.asarray(image), media)
-    assert (fitted == crops(image, media, True)[0][0]).all()
+    assert (fitted == cropped(image, media, True)[0][0]).all()
     fitted[:] = 0  # the caller owns it
 
 
 def test_padding_has_the_mean_colour_of_the_original():
-    cut, _ = crops(Image.new("RGB", (560, 280), (255, 0, 0)), clip("pad"), True)
+    cut, _ = cropped(Image.new("RGB", (560, 280), (255, 0, 0)), clip("pad"), True)
     assert cut[0, 0, 0].tolist() == cut[0, -1, -1].tolist() == [122, 116, 104]
-    cut, _ = crops(Image.new("RGB", (72, 144)), siglip("anyres", several="pad"), False)
+    cut, _ = cropped(Image.new("RGB", (72, 144)), siglip("anyres", several="pad"), False)
     assert cut.shape == (1, 72, 72, 3)
     assert cut[0, 0, 0].tolist() == [127] * 3
 
@@ -128,11 +138,11 @@ def test_the_best_canvas_is_transformers(height, width, canvases):
 
 def test_normalise_works_in_fp32_and_casts_last():
     media, pixels = clip("crop"), torch.randint(0, 256, (3, 56, 56, 3), dtype=torch.uint8)
-    full = normalise(pixels, media, torch.float32, torch.device("cpu"))
-    low = normalise(pixels, media, torch.bfloat16, torch.device("cpu"))
+    full = normalised(pixels, media, torch.float32)
+    low = normalised(pixels, media, torch.bfloat16)
     assert low.shape == (3, 3, 56, 56)
     assert torch.equal(low, full.to(torch.bfloat16))
-    assert torch.equal(full[1:2], normalise(pixels[1:2], media, torch.float32, full.device))
+    assert torch.equal(full[1:2], normalised(pixels[1:2], media, torch.float32))
 
 
 @pytest.mark.parametrize("size", [(1, 20000), (65535, 1), (3, 65535)])
@@ -142,7 +152,7 @@ def test_normalise_works_in_fp32_and_casts_last():
     ids=["crop", "pad", "squash", "anyres"],
 )
 def test_extreme_shapes_stay_small(size, media):
-    cut, geometry = crops(Image.new("RGB", size, (9, 99, 199)), media, True)
+    cut, geometry = cropped(Image.new("RGB", size, (9, 99, 199)), media, True)
     assert cut.shape == (geometry.crops, media.size, media.size, 3)
     assert geometry == plan(size[1], size[0], media, True)
     if media.image != "pad":
@@ -152,9 +162,9 @@ def test_extreme_shapes_stay_small(size, media):
 @pytest.mark.parametrize("size", [(40, 300), (400, 30), (90, 91)])
 def test_the_shortcut_for_extreme_shapes_is_the_same_picture(size, monkeypatch):
     image, media = picture(*size), clip("crop")
-    exact = crops(image, media, True)[0].astype(int)
-    monkeypatch.setattr(image_module, "EXACT_SIDE", 0)
-    off = np.abs(crops(image, media, True)[0] - exact)
+    exact = cropped(image, media, True)[0].astype(int)
+    monkeypatch.setattr(llava, "EXACT_SIDE", 0)
+    off = np.abs(cropped(image, media, True)[0] - exact)
     assert off.max() <= 4  # Pillow may take the two axes in the other order
     assert off.mean() < 0.5
 

@@ -9,7 +9,6 @@ import torch
 import zipvl
 from zipvl.engine import inputs as engine_inputs
 from zipvl.engine.inputs import FrameBuffer
-from zipvl.vision.merge import count_tokens_video
 from zipvl.vision.video import Reading
 
 
@@ -40,11 +39,12 @@ def test_frames_again(oracle: Callable, monkeypatch: pytest.MonkeyPatch) -> None
     want = engine.encode(engine.prepare("", video=video, frames=8))[0]
     for held in (100, 4):
         monkeypatch.setattr(engine_inputs, "HELD", held)
-        buffer, reading = FrameBuffer(engine.model), Reading(video, frames=8)
+        reading = Reading(video, frames=8)
+        buffer = FrameBuffer(engine.model.vision, reading)
         buffer.fill(iter(video[::-1]))
         for frames in reading:
             buffer.fill(frames)
-        media = buffer.media(reading)
+        media = buffer.media()
         assert (media.features is None) == (held == 100)
         torch.testing.assert_close(engine.encode(engine.prepare("", video=media))[0], want)
 
@@ -86,6 +86,5 @@ def test_warnings_and_rates_reach_the_prompt(oracle: Callable) -> None:
     [warning] = inputs.warnings
     assert "3 frames of" in warning
     assert "only 1 are there" in warning
-    assert inputs.media[0].tokens == count_tokens_video(
-        1, engine.config.media, engine.config.vision
-    )
+    vision = engine.model.vision
+    assert inputs.media[0].tokens == vision.count(vision.plan(9, 9, frames=1))

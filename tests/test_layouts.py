@@ -54,9 +54,9 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_values(oracle: Callable, kind: str) -> None:
     config = read_config(oracle(kind).folder)
-    text, media = config.text, config.media
+    text, media = config.text, config.vision.media
     found = (config.family, media.image, media.merge, media.pool, media.pool_first,
-             media.video_newline, config.newline, text.tied, text.rope_theta, text.rope_factor,
+             media.video_newline, config.vision.newline, text.tied, text.rope_theta, text.rope_factor,
              text.num_kv_heads)  # fmt: skip
     assert found == EXPECTED[kind]
     siglip = "onevision" in kind or kind == "original_video"
@@ -67,9 +67,10 @@ def test_values(oracle: Callable, kind: str) -> None:
     assert media.several == ("pad" if siglip else "same")
     assert (media.size, media.resize) == ((72, "squash") if siglip else (56, "crop"))
     assert media.mean == pytest.approx([0.5] * 3 if siglip else [0.48145466, 0.4578275, 0.40821073])
-    assert config.vision.take == (3,)  # CLIP: before block 4 of 4; SigLIP: after 3 of 3, or of 4
-    assert config.vision.drop_cls is not siglip
-    assert config.vision.tokens == (25 if siglip else 16)
+    tower = config.vision.tower
+    assert tower.take == (3,)  # CLIP: before block 4 of 4; SigLIP: after 3 of 3, or of 4
+    assert tower.drop_cls is not siglip
+    assert tower.tokens == (25 if siglip else 16)
     assert text.qkv_bias is (text.kind == "qwen2")
     assert text.sliding_window is None
     if original:
@@ -99,16 +100,16 @@ def test_pinpoint_pairs_are_height_width_in_hf_and_width_height_in_original(
     oracle: Callable,
 ) -> None:
     hf, original = (read_config(oracle(k).folder) for k in ("llava_next", "original_16"))
-    assert hf.media.pinpoints[:2] == ((56, 112), (112, 56))
-    assert original.media.pinpoints[:2] == ((112, 56), (56, 112))
+    assert hf.vision.media.pinpoints[:2] == ((56, 112), (112, 56))
+    assert original.vision.media.pinpoints[:2] == ((112, 56), (56, 112))
 
 
 def test_pinpoints_as_strings(oracle: Callable, tmp_path: Path) -> None:
     raw = config_of(oracle, "original_16")
-    listed = read(tmp_path, raw).media.pinpoints
+    listed = read(tmp_path, raw).vision.media.pinpoints
     literal = str([tuple(p) for p in raw["image_grid_pinpoints"]])
-    assert read(tmp_path, raw | {"image_grid_pinpoints": literal}).media.pinpoints == listed
-    span = read(tmp_path, raw | {"image_grid_pinpoints": "(1x1),...,(2x3)"}).media.pinpoints
+    assert read(tmp_path, raw | {"image_grid_pinpoints": literal}).vision.media.pinpoints == listed
+    span = read(tmp_path, raw | {"image_grid_pinpoints": "(1x1),...,(2x3)"}).vision.media.pinpoints
     assert span == ((56, 56), (112, 56), (168, 56), (56, 112), (112, 112), (168, 112))
 
 
@@ -123,14 +124,16 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
         assert config.text.intermediate_size == text.intermediate_size
         assert config.text.num_kv_heads == text.num_key_value_heads
         assert config.text.vocab_size == text.vocab_size
-        assert config.vision.image_size == vision.image_size
-        assert config.vision.num_layers == vision.num_hidden_layers
-        assert config.vision.intermediate_size == vision.intermediate_size
-        assert config.vision.hidden_act == vision.hidden_act
+        assert config.vision.tower.image_size == vision.image_size
+        assert config.vision.tower.num_layers == vision.num_hidden_layers
+        assert config.vision.tower.intermediate_size == vision.intermediate_size
+        assert config.vision.tower.hidden_act == vision.hidden_act
         assert config.image_token == reference.image_token_id
         assert config.video_token == getattr(reference, "video_token_id", config.image_token)
         if name != "Llava":
-            assert config.media.pinpoints == tuple(map(tuple, reference.image_grid_pinpoints))
+            assert config.vision.media.pinpoints == tuple(
+                map(tuple, reference.image_grid_pinpoints)
+            )
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -168,8 +171,9 @@ def test_hub_file_of_llava_15(tmp_path: Path) -> None:
     config = read(tmp_path, raw)
     assert (config.text.hidden_size, config.text.intermediate_size) == (4096, 11008)
     assert (config.text.num_layers, config.text.num_heads, config.text.head_dim) == (32, 32, 128)
-    assert config.vision.take == (23,)
-    assert (config.vision.grid, config.vision.tokens, config.max_length) == (24, 576, 4096)
+    tower = config.vision.tower
+    assert tower.take == (23,)
+    assert (tower.grid, tower.tokens, config.max_length) == (24, 576, 4096)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +197,12 @@ def test_rope_spellings(change: dict, theta: float, factor: float, tmp_path: Pat
 def test_feature_layers_and_class_token(oracle: Callable, tmp_path: Path) -> None:
     raw = config_of(oracle, "llava")
     several = read(tmp_path, raw | {"vision_feature_layer": [-2, 1, -1, 0]})
-    assert several.vision.take == (3, 1, 4, 0)
+    assert several.vision.tower.take == (3, 1, 4, 0)
     full = read(tmp_path, raw | {"vision_feature_select_strategy": "full"})
-    assert not full.vision.drop_cls
-    assert full.vision.tokens == 17
+    assert not full.vision.tower.drop_cls
+    assert full.vision.tower.tokens == 17
     raw = config_of(oracle, "original_15")
-    assert read(tmp_path, raw | {"mm_vision_select_feature": "cls_patch"}).vision.tokens == 17
+    assert read(tmp_path, raw | {"mm_vision_select_feature": "cls_patch"}).vision.tower.tokens == 17
 
 
 @pytest.mark.parametrize("level", ["top", "text_config"])
@@ -210,37 +214,45 @@ def test_tied_at_either_level(oracle: Callable, level: str, tmp_path: Path) -> N
 
 def test_pixel_settings(oracle: Callable, tmp_path: Path) -> None:
     raw = config_of(oracle, "llava")
-    assert read(tmp_path, raw).media.image == "crop"  # no settings at all
+    assert read(tmp_path, raw).vision.media.image == "crop"  # no settings at all
     plain = {"size": 56, "crop_size": 56, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
     write(tmp_path, plain, "preprocessor_config.json")
-    media = read_config(tmp_path).media
+    media = read_config(tmp_path).vision.media
     assert (media.resize, media.mean, media.std) == ("crop", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     write(tmp_path, plain | {"do_pad": True}, "preprocessor_config.json")
-    assert read_config(tmp_path).media.image == "pad"
+    assert read_config(tmp_path).vision.media.image == "pad"
     (tmp_path / "preprocessor_config.json").unlink()
     squash = {"size": {"height": 56, "width": 56}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     write(tmp_path, {"patch_size": 14, "image_processor": squash}, "processor_config.json")
-    media = read_config(tmp_path).media
+    media = read_config(tmp_path).vision.media
     assert (media.resize, media.mean) == ("squash", (0.5, 0.5, 0.5))
     write(tmp_path, {"patch_size": 14, "processor_class": "X"}, "processor_config.json")
-    assert read_config(tmp_path).media.resize == "crop"
+    assert read_config(tmp_path).vision.media.resize == "crop"
 
 
 def test_towers(oracle: Callable, tmp_path: Path) -> None:
     """A public id, a copy of it under any path, a folder inside the checkpoint, SigLIP's 26 of 27."""
     raw = config_of(oracle, "original_15") | {"image_aspect_ratio": "square"}
     clip = read(tmp_path, raw | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"})
-    assert (clip.vision.kind, clip.vision.take, clip.vision.tokens) == ("clip", (23,), 576)
+    assert (clip.vision.tower.kind, clip.vision.tower.take, clip.vision.tower.tokens) == (
+        "clip",
+        (23,),
+        576,
+    )
     assert clip.tower == "openai/clip-vit-large-patch14-336"
-    assert clip.media.image == "crop"
+    assert clip.vision.media.image == "crop"
     gone = read(tmp_path, raw | {"mm_vision_tower": "/gone/clip-vit-large-patch14-336"})
     assert gone.tower == "openai/clip-vit-large-patch14-336"
     siglip = read(tmp_path, raw | {"mm_vision_tower": "google/siglip-so400m-patch14-384"})
-    assert (siglip.vision.kind, siglip.vision.take, siglip.vision.tokens) == ("siglip", (26,), 729)
-    assert siglip.media.resize == "squash"
+    assert (siglip.vision.tower.kind, siglip.vision.tower.take, siglip.vision.tower.tokens) == (
+        "siglip",
+        (26,),
+        729,
+    )
+    assert siglip.vision.media.resize == "squash"
     write(tmp_path / "my tower", tiny.CLIP | {"num_hidden_layers": 6})
     inside = read(tmp_path, raw | {"mm_vision_tower": "my tower"})
-    assert inside.vision.take == (5,)
+    assert inside.vision.tower.take == (5,)
     assert inside.tower == str(tmp_path / "my tower")
 
 
@@ -338,7 +350,7 @@ def test_each_ceiling_of_a_canvas(size: int, patch: int, crops: int, tmp_path: P
     raw |= {"image_grid_pinpoints": [[size, size * crops]]}
     refused(write(tmp_path, raw), HUGE)
     raw |= {"image_grid_pinpoints": [[size, size * (crops - 1)]]}
-    assert read(tmp_path, raw).media.pinpoints == ((size, size * (crops - 1)),)
+    assert read(tmp_path, raw).vision.media.pinpoints == ((size, size * (crops - 1)),)
 
 
 def test_do_pad_is_true_or_false(oracle: Callable, tmp_path: Path) -> None:
@@ -470,9 +482,9 @@ def test_any_value_anywhere_is_read_or_refused(
         config = read(tmp_path, raw)
     except ModelError:
         return
-    text, media = config.text, config.media
-    for value in (text.hidden_size, text.head_dim, text.vocab_size, config.vision.hidden_size,
-                  media.stride, config.vision.grid):  # fmt: skip
+    text, media = config.text, config.vision.media
+    for value in (text.hidden_size, text.head_dim, text.vocab_size, config.vision.tower.hidden_size,
+                  media.stride, config.vision.tower.grid):  # fmt: skip
         assert type(value) is int
         assert value > 0
     assert type(config.image_token) is type(config.video_token) is int

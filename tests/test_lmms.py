@@ -217,9 +217,9 @@ def test_answers_in_order_and_a_video_is_read_once_in_a_row(
         in capsys.readouterr().err
     )
     read, encoded = [], []
-    prepare, encode = lm.engine.prepare, lm.engine.model.encode
+    prepare, encode = lm.engine.prepare, lm.engine.model.vision.encode
     lm.engine.prepare = lambda *what: (read.append(what[2:3]), prepare(*what))[1]
-    lm.engine.model.encode = lambda *what, **more: (
+    lm.engine.model.vision.encode = lambda *what, **more: (
         encoded.append(len(what[0])),
         encode(*what, **more),
     )[1]

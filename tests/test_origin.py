@@ -41,7 +41,7 @@ def loaded(oracle: Callable, kind: str) -> Engine:
 @torch.no_grad()
 def attention(oracle: Callable, kind: str, pixels: Tensor) -> Tensor:
     """Of transformers' tower: [n, N, 2], what patches receive in the first and last used block."""
-    model, used = oracle(kind), loaded(oracle, kind).config.vision
+    model, used = oracle(kind), loaded(oracle, kind).config.vision.tower
     tower = model.parts.tower if kind.startswith("original") else model.model.model.vision_tower
     tower.set_attn_implementation("eager")
     seen = tower(pixels, output_attentions=True).attentions
@@ -56,7 +56,7 @@ def test_received_is_what_transformers_towers_attend_to(oracle: Callable, kind: 
     for seed in range(3):
         [pixels] = oracle(kind).pixels([picture(seed=seed)])
         with torch.inference_mode():
-            found = loaded(oracle, kind).model.vision.received(pixels)
+            found = loaded(oracle, kind).model.vision.tower.received(pixels)
         want = attention(oracle, kind, pixels)
         assert want.std(1).min() > 1e-3
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
@@ -81,7 +81,7 @@ def test_tokens_of_tiles(oracle: Callable, kind: str, size: tuple[int, int]) -> 
     inputs = engine.prepare("what", images=[image])
     [medium], shown, visual = inputs.media, Shown(inputs, engine.model), inputs.is_visual
     n = len(medium.crops)
-    N = engine.config.vision.tokens
+    N = engine.config.vision.tower.tokens
     crops, ends = packed(oracle, kind, torch.eye(n)[:, None].expand(-1, N, -1), image.size)
     found = shown.crop[visual]
     assert torch.equal(found == -1, ends)

@@ -124,9 +124,9 @@ def test_every_token_has_its_place(oracle: Callable, kind: str) -> None:
     picture = Image.fromarray(rng.integers(0, 255, (90, 40, 3), dtype=np.uint8))
     video = rng.integers(0, 255, (3, 40, 50, 3), dtype=np.uint8)
     inputs = model.prepare("What?", images=[picture], video=video)
-    shown = page.panels(inputs, model.config, [None])
+    shown = page.panels(inputs, model.model.vision, [None])
     for medium in inputs.media:
-        spots = page.places(medium, model.config)
+        spots = page.places(medium, model.model.vision)
         assert len(spots) == medium.tokens
         known = spots[~np.isnan(spots[:, 0])]
         assert ((known[:, 1:] > 0) & (known[:, 1:] < 1)).all()
@@ -135,7 +135,7 @@ def test_every_token_has_its_place(oracle: Callable, kind: str) -> None:
     visual = inputs.is_visual.nonzero()[:, 0].numpy()
     assert len(set(placed)) == len(placed)
     assert set(placed) <= set(visual)
-    newlines = sum(np.isnan(page.places(m, model.config)[:, 0]).sum() for m in inputs.media)
+    newlines = sum(np.isnan(page.places(m, model.model.vision)[:, 0]).sum() for m in inputs.media)
     assert len(visual) - len(placed) == newlines
     for p in shown:
         assert len(p.pictures) == len(p.tokens)
@@ -185,21 +185,21 @@ def test_long_videos_are_thinned_and_read_again(engine: Engine, tmp_path: Path) 
     assert sum(looks["bins"]) == pytest.approx(looks["total"], rel=0.01)
     page.write_page(tmp_path / "page.html", got)
     assert (tmp_path / "page.html").stat().st_size < 5e6
-    plain = page.panels(inputs, engine.config, [None])[0]
+    plain = page.panels(inputs, engine.model.vision, [None])[0]
     assert plain.pictures == []  # nothing to read again: cells without pictures
 
 
 def test_a_video_read_again_shows_what_the_tower_saw(oracle: Callable) -> None:
     """CLIP's processor cuts the middle out of a wide frame: the cells lie over that middle."""
     model = zipvl.load(oracle("llava").folder, device="cpu", dtype="float32")
-    assert model.config.media.resize == "crop"
+    assert model.config.vision.media.resize == "crop"
     frames = np.zeros((2, 40, 120, 3), dtype=np.uint8)
     frames[:, :, :30] = frames[:, :, 90:] = 255  # white edges, which it never sees
     inputs = model.prepare("What?", video=frames)
     shown = np.array([0, 1])
-    small = page.again(Reading(frames, None), shown, model.config)
+    small = page.again(Reading(frames, None), shown, model.model.vision, inputs.media[0].geometry)
     assert [picture.max() for picture in small] == [0, 0]
-    held = page.panels(inputs, model.config, [None])[0].pictures
+    held = page.panels(inputs, model.model.vision, [None])[0].pictures
     assert [picture.size for picture in held] == [picture.shape[1::-1] for picture in small]
 
 

@@ -25,7 +25,6 @@ from zipvl.engine.inputs import Inputs
 from zipvl.model.batch import rope_table
 from zipvl.model.decoder import Decoder
 from zipvl.policy import Policy
-from zipvl.vision.image import normalise
 
 HUMAN, USER = (
     f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives "
@@ -146,8 +145,7 @@ def check(engine: Engine, oracle: Oracle, asked: Asked) -> None:
     pixels = oracle.pixels(asked.images) if asked.images else []
     pixels += [] if asked.video is None else [oracle.frames(asked.video)]
     for medium, wanted in zip(media, pixels, strict=True):
-        found = normalise(medium.crops, engine.config.media, torch.float32, torch.device("cpu"))
-        close(found, wanted, 1e-5)
+        close(engine.model.vision.pixels(medium.crops), wanted, 1e-5)
     ids = oracle.input_ids(asked.text, *given)
     assert inputs.input_ids.tolist() == ids.tolist()
     assert int(inputs.is_visual.sum()) == sum(m.tokens for m in media)
@@ -223,7 +221,7 @@ def test_chunks_change_nothing(oracle: Callable) -> None:
     inputs = asked.prepare(engine)
     with torch.inference_mode():
         for medium in inputs.media:
-            medium.features = engine.model.encode(medium.crops, medium.geometry, batch=2)
+            medium.features = engine.model.vision.encode(medium.crops, medium.geometry, batch=2)
     close(engine.logits(inputs), whole, 1e-5)
 
 

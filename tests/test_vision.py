@@ -1,6 +1,7 @@
 """Towers, projector, pooling and packing equal transformers' on tiny random models; counts are golden."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -23,16 +24,16 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from zipvl.config import MediaConfig, VisionConfig
+from zipvl.config import LlavaConfig, MediaConfig, VisionConfig
 from zipvl.errors import ModelError
 from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS, ONEVISION_PINPOINTS
 from zipvl.vision.encoder import VisionTower, projector
-from zipvl.vision.image import Geometry, plan
-from zipvl.vision.merge import (
-    count_tokens_image,
-    count_tokens_video,
+from zipvl.vision.family import Geometry
+from zipvl.vision.llava import (
+    Llava,
     merge_image,
     merge_video,
+    plan,
     pool_frames,
 )
 
@@ -53,6 +54,12 @@ def tower_config(kind: str, size: int, layers: int, take: tuple[int, ...]) -> Vi
 
 CLIP = tower_config("clip", 56, 4, (3,))
 SIGLIP = tower_config("siglip", 72, 3, (3,))
+
+
+@cache
+def family(media: MediaConfig, vision: VisionConfig) -> Llava:
+    with torch.device("meta"):
+        return Llava(LlavaConfig(vision, media, "linear", True, newline=True), 8)
 
 
 def redrawn(module: nn.Module) -> nn.Module:
@@ -162,7 +169,7 @@ def packed(model, image, media, config, alone=True) -> torch.Tensor:
     geometry = plan(image.height, image.width, media, alone)
     found = features(model, config, ours(image, media, alone))
     tokens = merge_image(found, geometry, media, config.grid, model.image_newline)
-    assert len(tokens) == count_tokens_image(geometry, media, config)
+    assert len(tokens) == family(media, config).count(geometry)
     return tokens
 
 
@@ -206,7 +213,7 @@ def test_onevision_video_equals_transformers(onevision_model):
     pooled = pool_frames(features(onevision_model, SIGLIP, pixels), ONEVISION_MEDIA, 5)
     tokens = merge_video(pooled, ONEVISION_MEDIA, onevision_model.image_newline)
     close(tokens, onevision_model.get_video_features(pixels[None]).pooler_output[0])
-    assert len(tokens) == count_tokens_video(4, ONEVISION_MEDIA, SIGLIP) == 37
+    assert len(tokens) == family(ONEVISION_MEDIA, SIGLIP).count(Geometry(9, 9, frames=4)) == 37
 
 
 @torch.no_grad()
@@ -301,7 +308,9 @@ def real(kind: str) -> tuple[MediaConfig, VisionConfig]:
             384, "squash", HALF, HALF, "anyres", tuple((h, w) for h, w in ONEVISION_PINPOINTS),
             "spatial_unpad", 9, several="pad", pool="bilinear", video_newline="one",
         )  # fmt: skip
-        return media, VisionConfig("siglip", 1152, 4304, 26, 16, 384, 14, 1e-6, "", (26,), False)
+        return media, VisionConfig(
+            "siglip", 1152, 4304, 26, 16, 384, 14, 1e-6, "gelu", (26,), False
+        )
     pinpoints = [(h, w) for h, w in NEXT_PINPOINTS]
     if kind == "longva":  # 200 canvases of up to 49 tiles, written (width, height)
         sides = [(a, b) for a in range(1, 50) for b in range(1, 50) if 1 < a * b <= 49]
@@ -312,7 +321,7 @@ def real(kind: str) -> tuple[MediaConfig, VisionConfig]:
         336, "crop", CLIP_MEAN, CLIP_STD, "anyres", tuple(pinpoints), merge, pool="average",
         round_unpad=kind != "original",
     )  # fmt: skip
-    return media, VisionConfig("clip", 1024, 4096, 24, 16, 336, 14, 1e-5, "", (23,), True)
+    return media, VisionConfig("clip", 1024, 4096, 24, 16, 336, 14, 1e-5, "gelu", (23,), True)
 
 
 @pytest.mark.parametrize(
@@ -329,17 +338,18 @@ def real(kind: str) -> tuple[MediaConfig, VisionConfig]:
 def test_counts_of_the_released_models(kind, counts):
     media, vision = real(kind)
     for (width, height), count in counts.items():
-        assert count_tokens_image(plan(height, width, media, True), media, vision) == count
+        assert family(media, vision).count(plan(height, width, media, True)) == count
     if kind == "onevision":
-        assert count_tokens_image(plan(9, 900, media, False), media, vision) == 730
-    assert count_tokens_video(8, media, vision) == (8 * 196 + 1 if kind == "onevision" else 8 * 144)
+        assert family(media, vision).count(plan(9, 900, media, False)) == 730
+    frames = family(media, vision).plan(9, 9, frames=8)
+    assert family(media, vision).count(frames) == (8 * 196 + 1 if kind == "onevision" else 8 * 144)
 
 
 def test_unpadding_rounds_as_each_layout_does():
     """1225 x 2352 is one of the few sizes at which the two differ: 26 against 24 columns kept."""
     (hf, vision), (original, _) = real("next"), real("original")
     geometry = plan(2352, 1225, hf, True)
-    counts = [count_tokens_image(geometry, media, vision) for media in (hf, original)]
+    counts = [family(media, vision).count(geometry) for media in (hf, original)]
     assert counts == [576 + 48 * 27, 576 + 48 * 25]
 
 
@@ -353,7 +363,7 @@ def test_counts_are_the_packed_lengths(width, height, alone, kind):
     geometry = plan(height, width, media, alone)
     features = torch.arange(geometry.crops * vision.tokens).float().view(-1, vision.tokens, 1)
     tokens = merge_image(features, geometry, media, vision.grid, torch.tensor([-1.0]))
-    assert len(tokens) == count_tokens_image(geometry, media, vision)
+    assert len(tokens) == family(media, vision).count(geometry)
     if kind == "next":  # what is kept of the tiles is what transformers keeps
         side = vision.grid
         maps = features[1:, :, 0].view(geometry.rows, geometry.cols, side, side)

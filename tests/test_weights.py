@@ -81,12 +81,12 @@ def test_every_spelling_loads_the_same(
     assert torch.equal(model.lm_head.weight, own["lm_head.weight"])
     assert torch.equal(model.text.norm.weight, own["model.language_model.norm.weight"])
     assert torch.equal(
-        model.projector[2].weight, own["model.multi_modal_projector.linear_2.weight"]
+        model.vision.projector[2].weight, own["model.multi_modal_projector.linear_2.weight"]
     )
     tower = {
         k.removeprefix("model.vision_tower."): t for k, t in own.items() if "vision_tower" in k
     }
-    for name, tensor in model.vision.state_dict().items():
+    for name, tensor in model.vision.tower.state_dict().items():
         assert torch.equal(tensor, tower[name])
 
 
@@ -162,9 +162,9 @@ def test_missing_unexpected_and_misshaped_are_listed_by_name(
 
     text = refused(
         edited(oracle("llava").folder, tmp_path, change),
-        "missing (2): text.layers.1.mlp.up_proj.weight, vision.encoder.layers.0.layer_norm1.bias",
+        "missing (2): text.layers.1.mlp.up_proj.weight, vision.tower.encoder.layers.0.layer_norm1.bias",
         "unexpected (1): text.layers.0.mlp.experts.weight",
-        "wrong shape (1): projector.0.weight is [64, 48], config says [64, 32]",
+        "wrong shape (1): vision.projector.0.weight is [64, 48], config says [64, 32]",
     )
     assert "lm_head" not in text
 
@@ -207,13 +207,13 @@ def test_the_tower_of_a_second_folder(oracle: Callable, tmp_path: Path) -> None:
     wanted = {
         k.removeprefix("vision_model."): v for k, v in source.parts.tower.state_dict().items()
     }
-    for name, tensor in load(source.folder).vision.state_dict().items():
+    for name, tensor in load(source.folder).vision.tower.state_dict().items():
         assert torch.equal(tensor, wanted[name])
 
     def tune(t: dict[str, Tensor]) -> None:  # one tensor tuned in the checkpoint itself
         t["model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"] = torch.full((32,), 7.0)
 
-    tuned = load(edited(source.folder, tmp_path / "tuned", tune)).vision.state_dict()
+    tuned = load(edited(source.folder, tmp_path / "tuned", tune)).vision.tower.state_dict()
     assert torch.equal(tuned.pop("pre_layrnorm.bias"), torch.full((32,), 7.0))
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tuned.items())
 
@@ -229,7 +229,7 @@ def test_a_tower_that_cannot_be_had(oracle: Callable, tmp_path: Path) -> None:
     (tower / "pytorch_model.bin").write_bytes(b"PK")
     refused(tmp_path / "a", "pytorch_model.bin")
     tiny.save({"vision_model.pre_layrnorm.bias": torch.ones(3)}, tower / WEIGHTS)
-    refused(tmp_path / "a", "wrong shape (1): vision.pre_layrnorm.bias is [3]", "missing (")
+    refused(tmp_path / "a", "wrong shape (1): vision.tower.pre_layrnorm.bias is [3]", "missing (")
     public = "openai/clip-vit-large-patch14-336"
     tiny.write_json(tmp_path / "a" / "config.json", config | {"mm_vision_tower": public})
     refused(tmp_path / "a", "holds no vision tower", public)
@@ -553,9 +553,9 @@ def test_loading_takes_the_model_and_one_tensor(oracle: Callable, tmp_path: Path
 
 
 def old_name(name: str) -> str:
-    for ours, theirs in (("vision.", "vision_tower.vision_model."), ("text.", "language_model.model."),
-                         ("projector.0", "multi_modal_projector.linear_1"),
-                         ("projector.2", "multi_modal_projector.linear_2")):  # fmt: skip
+    for ours, theirs in (("vision.tower.", "vision_tower.vision_model."), ("text.", "language_model.model."),
+                         ("vision.projector.0", "multi_modal_projector.linear_1"),
+                         ("vision.projector.2", "multi_modal_projector.linear_2")):  # fmt: skip
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return "language_model." + name

@@ -6,7 +6,7 @@ model/layouts.py fills the records from the two kinds of checkpoints.
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ JSON_BYTES = 2**24  # of a JSON file; the largest known index has half of it
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama, Mistral or Qwen2 decoder; they differ in the bias of q, k, v and in defaults only."""
+    """Llama, Mistral, Qwen2 or Qwen3 decoder; they differ in the bias of q, k, v, the norm of q and
+    k, and in defaults."""
 
-    kind: str  # llama | mistral | qwen2
+    kind: str  # llama | mistral | qwen2 | qwen3
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -30,7 +31,9 @@ class TextConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_factor: float = 1.0  # linear scaling: positions are divided by it
+    rope_sections: tuple[int, ...] = ()  # pairs turned by a token's time, row and column; (): place
     qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each head's query and key, before they are turned
     tied: bool = False  # lm_head shares the embedding
     sliding_window: int | None = None
 
@@ -88,17 +91,27 @@ class MediaConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    text: TextConfig
-    vision: VisionConfig
+class LlavaConfig:
+    """A LLaVA's way from pixels to tokens (vision/llava.py)."""
+
+    tower: VisionConfig
     media: MediaConfig
-    family: str  # llava | llava_next | llava_next_video | llava_onevision | longva
-    layout: str  # hf | original
     projector: str  # linear | mlpNx_gelu | identity
     projector_bias: bool
     newline: bool  # the checkpoint holds an `image_newline` vector
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    text: TextConfig
+    vision: Any  # the record of its family, as LlavaConfig
+    family: str  # llava | llava_next | llava_next_video | llava_onevision | longva | ...
+    layout: str  # hf | original
     image_token: int  # placeholder id of a picture's tokens (original layout: -200, in no table)
     video_token: int
+    markers: dict[str, str] = field(default_factory=dict)  # kind -> what a template writes for a
+    #   medium, where that is not the token that stands for its own
+    around: tuple[str, str] = ("", "")  # what stands around it in a text without parts
     tower: str | None = None  # folder or hub id that may hold the tower's weights (original layout)
     max_length: int | None = None  # context the checkpoint was trained for, for a warning only
 

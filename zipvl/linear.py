@@ -8,6 +8,7 @@ float32 ones: there a block of W at a time is widened. Elsewhere this is nn.Line
 """
 
 import platform
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -72,3 +73,41 @@ class SwiGLU(nn.Module):
         if torch.is_grad_enabled():
             return F.silu(gate) * up
         return F.silu(gate, inplace=True).mul_(up)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm, computed in float32 and cast back before the weight."""
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def chunked(self, x: Tensor, rows: int | None) -> Tensor:
+        """So many rows at a time, as it needs some times their memory."""
+        return chunked(self, rows, x)
+
+    def add(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x + h, and its norm."""
+        x = x + h
+        return x, self(x)
+
+
+def chunked(
+    function: Callable[..., Tensor], rows: int | None, x: Tensor, *others: Tensor
+) -> Tensor:
+    """function(x, *others) for a function that treats the rows of x [T, C] alone and keeps their
+    width; of several tensors the last one's memory may hold the result."""
+    if rows is None or len(x) <= rows:
+        return function(x, *others)
+    out = others[-1] if others else torch.empty_like(x)
+    for into, *parts in zip(*(t.split(rows) for t in (out, x, *others)), strict=True):
+        into.copy_(function(*parts))
+    return out

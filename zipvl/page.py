@@ -24,14 +24,12 @@ import torch
 from PIL import Image
 
 from . import __version__
-from .config import ModelConfig
 from .engine.engine import Engine
-from .engine.inputs import Inputs, Media
+from .engine.inputs import Inputs
 from .errors import ZipvlError
 from .policy import Plan, Policy, View
 from .report import Trial, agreement
-from .vision.image import fit_frame
-from .vision.merge import merge_image, merge_video, pool_frames
+from .vision.family import Family, Geometry, Media
 from .vision.video import Reading
 
 MOST = 1000  # frames of a video on the page, spread evenly
@@ -89,38 +87,35 @@ class Panel:
     place: np.ndarray  # int64 [m], and where in the prompt it is
 
 
-def places(medium: Media, config: ModelConfig) -> np.ndarray:
+def places(medium: Media, family: Family) -> np.ndarray:
     """Which surface each token shows and where, [tokens, 3]: a frame's number, or 0 for a picture
     and 1 for its tiles; y and x as shares of its sides. NaN: a newline.
 
     The merging code itself says so: it is run on features that hold their own places.
     """
-    media, grid = config.media, config.vision.grid
-    y, x = (torch.stack(torch.meshgrid(*[torch.arange(grid)] * 2, indexing="ij")) + 0.5) / grid
+    geometry, sides = medium.geometry, family.grid(medium.geometry)
+    y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / side for side in sides], indexing="ij")
     where = torch.stack([y, x]).flatten(1).T  # [N, 2]
     nowhere = torch.full((3,), torch.nan)
-    if medium.clip:
-        frames = torch.arange(len(medium.clip.indices)).float()
-        number = frames[:, None, None].expand(-1, grid * grid, 1)
-        there = torch.cat([number, where.expand(len(frames), -1, 2)], dim=-1)  # [F, N, 3]
-        return merge_video(pool_frames(there, media, grid), media, nowhere).numpy()
-    geometry = medium.geometry
-    assert geometry is not None
-    spots = [torch.cat([torch.zeros(grid * grid, 1), where], -1)]
+    if geometry.frames:
+        number = torch.arange(geometry.frames).float()[:, None, None].expand(-1, len(where), 1)
+        there = torch.cat([number, where.expand(geometry.frames, -1, 2)], dim=-1)  # [F, N, 3]
+        return family.spread(there, geometry, nowhere).numpy()
+    spots = [torch.cat([torch.zeros(len(where), 1), where], -1)]
     for tile in range(geometry.crops - 1):
         corner = torch.tensor(divmod(tile, geometry.cols))
         inside = (where + corner) / torch.tensor([geometry.rows, geometry.cols])
-        spots.append(torch.cat([torch.ones(grid * grid, 1), inside], -1))
-    return merge_image(torch.stack(spots), geometry, media, grid, nowhere).numpy()
+        spots.append(torch.cat([torch.ones(len(where), 1), inside], -1))
+    return family.spread(torch.stack(spots), geometry, nowhere).numpy()
 
 
-def panels(inputs: Inputs, config: ModelConfig, videos: list[Reading | None]) -> list[Panel]:
+def panels(inputs: Inputs, family: Family, videos: list[Reading | None]) -> list[Panel]:
     """All media of a prompt. `videos` are read again for those whose pixels are gone."""
     out, visual, begin = [], inputs.is_visual.nonzero()[:, 0].numpy(), 0
     readings = iter(videos)
     for number, medium in enumerate(inputs.media, start=1):
         mine, begin = visual[begin : begin + medium.tokens], begin + medium.tokens
-        spots = places(medium, config)
+        spots = places(medium, family)
         crops = medium.crops.numpy()
         if medium.clip:
             reading, times = next(readings, None), medium.clip.times
@@ -128,10 +123,13 @@ def panels(inputs: Inputs, config: ModelConfig, videos: list[Reading | None]) ->
             some = "" if len(shown) == len(times) else f", {len(shown)} shown"
             title = f"Video {number}: {len(times)} frames{some}"
             labels = [f"{t // 60:.0f}:{t % 60:04.1f}" for t in times]
-            pictures = [crops[i] for i in shown] if len(crops) else again(reading, shown, config)
+            whole = len(crops) > 0
+            pictures = [crops[i] for i in shown if whole] or again(
+                reading, shown, family, medium.geometry
+            )
             out.append(panel(title, spots, mine, shown, labels, pictures))
         else:
-            rows, cols = (medium.geometry.rows, medium.geometry.cols) if medium.geometry else (0, 0)
+            rows, cols = medium.geometry.rows, medium.geometry.cols
             for surface, title in ((0, "whole"), (1, f"{rows} x {cols} tiles")):
                 if (spots[:, 0] == surface).any():
                     picture = crops[0] if surface == 0 else (
@@ -179,7 +177,8 @@ def looks(p: Panel, looked: np.ndarray) -> dict[str, Any]:
     }
 
 
-def again(reading: Reading | None, shown: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+def again(reading: Reading | None, shown: np.ndarray, family: Family,
+          geometry: Geometry) -> list[np.ndarray]:  # fmt: skip
     """The frames number `shown` of a video as the tower saw them, small, read once more; none where
     it is no file."""
     small: dict[int, np.ndarray] = {}
@@ -188,7 +187,7 @@ def again(reading: Reading | None, shown: np.ndarray, config: ModelConfig) -> li
         small.clear()
         for number, frame in enumerate(frames):
             if number in wanted:
-                picture = Image.fromarray(fit_frame(frame, config.media))
+                picture = Image.fromarray(family.fit(frame, geometry))
                 picture.thumbnail((SIDE, SIDE))
                 small[number] = np.asarray(picture)
     return [small[i] for i in sorted(small)] if len(small) == len(shown) else []
@@ -246,7 +245,7 @@ def content(engine: Engine, inputs: Inputs, question: str, trials: list[Trial],
             policies: list[Policy], videos: list[Reading | None], new: int,
             settings: dict[str, str]) -> dict[str, Any]:  # fmt: skip
     """All that the page shows. `policies` made the trials, of at most `new` tokens."""
-    shown = panels(inputs, engine.config, videos)
+    shown = panels(inputs, engine.model.vision, videos)
     done = [trial for trial in trials if trial.result and trial.result.stats.layers]
     parts = []
     for trial, policy in zip(trials, policies, strict=False):

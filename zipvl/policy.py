@@ -65,6 +65,7 @@ class Notes(dict):
         super().__init__()
         self.prompt, self.new = prompt, new  # tokens of the prompt, and most that may follow
         self.entered: Tensor | None = None  # [K] which tokens positions count; None: all of them
+        self.ahead = 0  # by how much rotary ids of tokens behind the media exceed their positions
 
     def at(self, number: int) -> int:
         """The position of token `number` of the prompt and of what follows it."""
@@ -233,8 +234,7 @@ class Plan:
     stream: Tensor | None = None  # [K'']  tokens that go on to the next layer
     leave: Tensor | None = None  # [E] | [G, E]  at a decode step, the slots whose k, v are let go
     #   after it; what is left of the newest ones takes their places (cache.moved)
-    precise: Tensor | None = None  # [K]  of the cached ones, those a mixed storage gives more bits;
-    #   at a decode step of the `due` newest ones
+    precise: Tensor | None = None  # [K]  cached tokens (in step(): of the `due`) with more bits
     fill: str = "zero"  # what the attention output of tokens outside `attend` is:
     #   zero      nothing, the residual passes (the paper)
     #   previous  the output of the nearest earlier token in `attend`

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from zipvl.engine.engine import Engine
-from zipvl.engine.inputs import FrameBuffer, Inputs, Media
+from zipvl.engine.inputs import FrameBuffer, Inputs
 from zipvl.engine.load import demo_clip, load
 from zipvl.engine.run import Run
 from zipvl.engine.sampler import Sampling
 from zipvl.engine.stats import Clock
 from zipvl.policies import load_policy
+from zipvl.vision.family import Media
 from zipvl.vision.video import Reading
 
 from .model import DTYPES, QUESTION
@@ -113,7 +114,7 @@ def middle(found: list[Row]) -> Row:
 
 def timed_clip(engine: Engine, path: str, frames: int, stages: dict[str, float]) -> Media:
     """What `read_clip` makes; seconds of decoding, resizing and encoding go into `stages`."""
-    buffer, clock = FrameBuffer(engine.model), Clock(torch.device("cpu"))
+    clock = Clock(torch.device("cpu"))
 
     def taken(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         for frame in frames:
@@ -123,12 +124,13 @@ def timed_clip(engine: Engine, path: str, frames: int, stages: dict[str, float])
 
     clock.start()
     reading = Reading(path, frames)
+    buffer = FrameBuffer(engine.model.vision, reading)
     for some in reading:
         buffer.fill(taken(some))
     clock.lap("read")
     stages |= clock.pop()
     stages["resize"] -= buffer.seconds
-    media = buffer.media(reading)  # the last frames
+    media = buffer.media()  # the last frames
     stages["encode"] = buffer.seconds
     return media
 

@@ -57,7 +57,7 @@ def measure(frames: int, shape: str, model: str, path: str, device: str, dtype: 
         source = stream.codec_context.width * stream.codec_context.height * 3
     return {"bench": "frames", "frames": frames, "tokens": len(inputs), "batch": 1,
             "run": Path(model).name or shape, "before": before, "read": read, "encode": encode,
-            "crops": frames * engine.config.media.size**2 * 3, "features": features.nbytes,
+            "crops": frames * engine.config.vision.media.size**2 * 3, "features": features.nbytes,
             "file_pixels": frames * source}  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def bench_projections(model: Model, args: argparse.Namespace) -> list[Row]:
 
 def some_projections(layer: Attention, x: Tensor, batch: Batch, rows: Tensor) -> Callable:
     def work() -> None:
-        q = layer.rotated(layer.q_proj, x, batch, rows)
+        q = layer.queries(x, batch, rows)
         layer.v_proj(x[rows])
         layer.o_proj(q.flatten(1))
 

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from zipvl.config import MediaConfig, ModelConfig, Section
+from zipvl.config import LlavaConfig, MediaConfig, ModelConfig, Section
 from zipvl.engine.engine import Engine
 from zipvl.model import backends
 from zipvl.model.chat import Chat
@@ -47,10 +47,8 @@ def vlm_config(shape: str, layers: int | None = None) -> ModelConfig:
     media = MediaConfig(
         vision.image_size, "squash", CLIP_MEAN, CLIP_STD, image="crop", pool=pool
     )  # fmt: skip
-    return ModelConfig(
-        text_config(shape, layers), vision, media, family="llava", layout="hf",
-        projector="mlp2x_gelu", projector_bias=True, newline=False, image_token=0, video_token=0,
-    )  # fmt: skip
+    eyes = LlavaConfig(vision, media, "mlp2x_gelu", projector_bias=True, newline=False)
+    return ModelConfig(text_config(shape, layers), eyes, "llava", "hf", 0, 0)
 
 
 def random_engine(

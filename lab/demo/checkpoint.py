@@ -125,20 +125,22 @@ def write_plain(folder: Path) -> None:
 
 def hf_name(name: str) -> str:
     """The name the hub's OneVision checkpoints give to a parameter of VLM."""
-    first, _, rest = name.partition(".")
-    if first == "projector":
-        return f"multi_modal_projector.linear_{1 if rest[0] == '0' else 2}.{rest[2:]}"
-    prefix = {
-        "vision": "vision_tower.vision_model.",
-        "text": "language_model.model.",
-        "lm_head": "language_model.lm_head.",
-    }
-    return prefix[first] + rest if first in prefix else name
+    for ours, theirs in {
+        "vision.tower.": "vision_tower.vision_model.",
+        "vision.projector.0.": "multi_modal_projector.linear_1.",
+        "vision.projector.2.": "multi_modal_projector.linear_2.",
+        "vision.newline": "image_newline",
+        "text.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    }.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise KeyError(name)
 
 
 def write_weights(model: VLM, folder: Path) -> None:
     """model.safetensors in bf16, with the tower's last norm, which Hugging Face expects."""
-    width = model.config.vision.hidden_size
+    width = model.config.vision.tower.hidden_size
     tensors = {hf_name(k): v for k, v in model.state_dict().items()}
     tensors["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(width)
     tensors["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(width)

@@ -27,7 +27,7 @@ from torch import Tensor
 from zipvl.model.batch import Rotate, rope_table
 from zipvl.model.decoder import Block, Decoder, RMSNorm
 from zipvl.model.vlm import VLM
-from zipvl.vision.merge import pool_frames
+from zipvl.vision.llava import Llava, pool_frames
 
 from .bank import EMPTY, HARD, RARE, Bank, group
 from .checkpoint import END, SPECIAL
@@ -204,16 +204,16 @@ def sequences(bank: Bank, tok: Tokenizer, scenes: list[Scene], asked: int, grid:
 def embed(model: VLM, features: Tensor, batch: Sequences) -> Tensor:
     """Input embeddings [B, L, C]; `features` [B, S, N, C_v] are the tower's."""
     x = model.text.embed_tokens(batch.ids)
-    b, f, grid = *features.shape[:2], model.config.vision.grid
-    projected = model.projector(features.flatten(0, 1))  # [B S, N, C]
-    newline = model.image_newline
+    b, f, grid = *features.shape[:2], model.config.vision.tower.grid
+    eyes = cast(Llava, model.vision)
+    projected, newline = eyes.projector(features.flatten(0, 1)), eyes.newline  # [B S, N, C]
     assert newline is not None
     if batch.picture:
         rows = projected.unflatten(1, (grid, grid))
         rows = torch.cat([rows, newline.expand(b, grid, 1, -1)], dim=2).flatten(1, 2)
         visual = torch.cat([projected, rows], dim=1)
     else:
-        pooled = pool_frames(projected, model.config.media, grid).unflatten(0, (b, f)).flatten(1, 2)
+        pooled = pool_frames(projected, eyes.media, grid).unflatten(0, (b, f)).flatten(1, 2)
         visual = torch.cat([pooled, newline.expand(b, 1, -1)], dim=1)
     return torch.cat([x[:, :1], visual, x[:, 1 + batch.visual :]], dim=1)
 

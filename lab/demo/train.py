@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
+from zipvl.vision.llava import Llava
 
 from ..command import Parser, ended, seed
 from .backgrounds import bundled, gradients, noise
@@ -55,23 +56,24 @@ EVERY = 250  # steps from one test to the next
 def train_tower(model: VLM, heads: Heads, some: Tensor, cache: Path, steps: int,
                 stop: int | None) -> bool:  # fmt: skip
     """Stage 1: the tower on single pictures, 64 a step. Returns whether it is at its end."""
-    initialise(model.vision, model.config.vision.num_layers)
-    opts = optimisers(model.vision, heads)
+    tower = cast(Llava, model.vision).tower
+    initialise(tower, model.config.vision.tower.num_layers)
+    opts = optimisers(tower, heads)
 
     def step(number: int) -> dict[str, Any]:
         rng = torch.Generator().manual_seed(1_000_000 + number)
         batch = pictures(some, 64, SIDE, GRID, rng, clutter=True)
-        loss, _ = heads(model.vision(batch.pixels), batch)
+        loss, _ = heads(tower(batch.pixels), batch)
         update(opts, loss, number, steps)
         said: dict[str, Any] = {"loss": round(loss.item(), 4)}
         if (number + 1) % EVERY == 0 or number + 1 == steps:
             test = pictures(bundled(), 512, SIDE, GRID, torch.Generator().manual_seed(99))
             with torch.no_grad():
-                held_out, right = heads(model.vision(test.pixels), test)
+                held_out, right = heads(tower(test.pixels), test)
             said |= {"held_out": held_out.item(), **right}
         return said
 
-    return Stage(cache, "tower", [model.vision, heads, *opts], steps).run(step, stop)
+    return Stage(cache, "tower", [tower, heads, *opts], steps).run(step, stop)
 
 
 def loss_and_right(model: VLM, bank: Bank, batch: Sequences,
@@ -128,18 +130,19 @@ def train_decoder(model: VLM, bank: Bank, test: Bank, folder: Path, seed: int, s
                   stop: int | None) -> bool:  # fmt: skip
     """Stage 3: projector and decoder on clips from the bank. Returns whether it is at its end."""
     tok, memory = tokenizer(), Memory(model.config.text.hidden_size)
-    parts = nn.ModuleList([model.projector, model.text, model.lm_head])
+    eyes = cast(Llava, model.vision)
+    parts = nn.ModuleList([eyes.projector, model.text, model.lm_head])
     initialise(parts, model.config.text.num_layers)
-    assert model.image_newline is not None
-    nn.init.normal_(model.image_newline, std=0.5)
+    assert eyes.newline is not None
+    nn.init.normal_(eyes.newline, std=0.5)
     nn.init.normal_(model.text.embed_tokens.weight, std=0.5)
     with torch.no_grad():
-        cast(nn.Linear, model.projector[0]).weight /= (
+        cast(nn.Linear, eyes.projector[0]).weight /= (
             bank.features[::97].float().square().mean().sqrt()
         )
-    model.vision.requires_grad_(False)
+    eyes.tower.requires_grad_(False)
     opts = optimisers(parts, memory)
-    opts[1].add_param_group({"params": [model.image_newline]})
+    opts[1].add_param_group({"params": [eyes.newline]})
 
     def step(number: int) -> dict[str, Any]:
         rng = np.random.default_rng([seed, number])
@@ -165,7 +168,8 @@ def banks(model: VLM, heads: Heads, some: Tensor, cache: Path,
         path = cache / f"{name}.pt"
         if not path.exists():
             clutter = name == "bank"
-            bank = build(model.vision, heads.covered, tile, frames, SIDE, rng, clutter)
+            tower = cast(Llava, model.vision).tower
+            bank = build(tower, heads.covered, tile, frames, SIDE, rng, clutter)
             torch.save((bank.features, bank.each, bank.empty), path)
         out.append(Bank(*torch.load(path)))
     return out[0], out[1]
@@ -200,7 +204,7 @@ def work(argv: list[str] | None) -> None:
     model, rng = VLM(read_config(folder)), torch.Generator().manual_seed(3)
     photos = torch.load(a.cache / "tiles.pt")
     some = torch.cat([photos, noise(200, rng), gradients(120, rng)])
-    heads = Heads(model.config.vision.hidden_size)
+    heads = Heads(model.config.vision.tower.hidden_size)
     if not train_tower(model, heads, some, a.cache, a.tower_steps, a.stop):
         return
     bank, test = banks(model, heads, some, a.cache, a.each)

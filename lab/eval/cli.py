@@ -58,7 +58,7 @@ def answers(args: argparse.Namespace, methods: list[str], path: Path) -> list[An
     }
     settings = {key: getattr(args, key) for key in SETTINGS}
     engine = load(args.model, device=args.device, dtype=args.dtype)
-    side = min(2 * engine.config.media.size, LARGEST)
+    side = min(2 * engine.config.vision.media.size, LARGEST)
 
     def prepare(units: list[str]) -> tuple[Item, Inputs]:
         item = items[units[0]]

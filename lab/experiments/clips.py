@@ -37,7 +37,7 @@ def records(job: Job, methods: Sequence[str], task: str = "all",
     engine, special = job.engine, extra or {}
     items = {f"{n}/{i}": item for n in job.frames
              for i, item in enumerate(task_items(task, n, job.samples, job.seed))}  # fmt: skip
-    side = min(2 * engine.config.media.size, LARGEST)
+    side = min(2 * engine.config.vision.media.size, LARGEST)
 
     def prepare(units: list[str]) -> list[tuple[Item, Any]]:
         ready = []

@@ -8,14 +8,15 @@ most PROMPTS tokens of prompts, but a question at every depth.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from zipvl.engine.inputs import HELD, Inputs, Media
+from zipvl.engine.inputs import HELD, Inputs
 from zipvl.engine.run import Result
-from zipvl.vision.merge import count_tokens_video, merge_video
+from zipvl.vision.family import Media
 
 from ..eval.tasks import LARGEST, Item, needle_items
 from ..raw import rounded
@@ -39,22 +40,24 @@ COLUMNS = {
 @torch.inference_mode()
 def watch(job: Job, item: Item) -> Inputs:
     """A question about a video that is drawn and encoded scene by scene, never held as pixels."""
-    engine, model, parts = job.engine, job.engine.model, []
-    side = min(2 * engine.config.media.size, LARGEST)
+    engine, vision, parts = job.engine, job.engine.model.vision, []
+    side = min(2 * engine.config.vision.media.size, LARGEST)
     for some in (some for scene in item.scenes(side) for some in scene.split(HELD)):
-        crops = engine.prepare("", video=some.numpy(), frames=len(some)).media[0].crops
-        parts.append(model.features(crops, pool=True))
-    tokens = merge_video(torch.cat(parts), engine.config.media, model.image_newline)
-    media = Media("video", crops[:0], None, len(tokens), features=tokens)
+        medium = engine.prepare("", video=some.numpy(), frames=len(some)).media[0]
+        parts.append(vision.features(medium.crops, medium.geometry))
+    x = torch.cat(parts)
+    whole = replace(medium.geometry, frames=len(x))
+    tokens = vision.join(x, whole)
+    media = Media("video", medium.crops[:0], whole, len(tokens), features=tokens)
     return engine.prepare(item.question, video=media)
 
 
 def questions(job: Job) -> dict[str, Item]:
     """The needles of every length, by FRAMES/NUMBER."""
     out: dict[str, Item] = {}
-    config = job.engine.config
+    vision = job.engine.model.vision
     for frames in job.frames:
-        tokens = count_tokens_video(frames, config.media, config.vision)
+        tokens = vision.count(vision.plan(1, 1, frames=frames))
         count = min(job.samples, max(len(DEPTHS), PROMPTS // tokens))
         some = needle_items(frames, count, job.seed, DEPTHS)
         out |= {f"{frames}/{i}": item for i, item in enumerate(some)}

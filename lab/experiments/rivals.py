@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from zipvl.engine.inputs import Inputs, Media
+from zipvl.engine.inputs import Inputs
 from zipvl.engine.stats import dense_work
 from zipvl.policy import Policy
+from zipvl.vision.family import Geometry, Media
 
 from . import clips, draw, stats
 from .methods import scatter
@@ -168,7 +169,7 @@ def forced(
     inputs = []
     for window in ids:
         shown = model.text.embed_tokens(window[:film])
-        media = [Media("video", torch.empty(0), None, film, features=shown)]
+        media = [Media("video", torch.empty(0), Geometry(1, 1, frames=film), film, features=shown)]
         inputs.append(Inputs(window[:tokens].cpu(), torch.arange(tokens) < film, media))
     notes = engine.take_notes(inputs, method, ANSWER)
     out = engine.prefill(inputs, method, ANSWER, {}, notes, ends=True)

@@ -58,7 +58,7 @@ def prefill(engine: Engine, ids: Tensor, alive: list[Tensor],
     for block, some in zip(model.blocks(), alive, strict=True):
         layer, live = block.self_attn, some.to(device)
         h = block.input_layernorm(x)
-        q, k = (layer.rotated(p, h, batch) for p in (layer.q_proj, layer.k_proj))
+        q, k = layer.queries(h, batch), layer.keys(h, batch)
         v = layer.heads(layer.v_proj(h))
         seen = live if fate in ("gone", "cached") else places
         o = layer.o_proj(attend_kept(q, k[seen], v[seen], seen).flatten(1))

@@ -62,7 +62,7 @@ def divergence(job: Job, inputs: Inputs, answer: list[int], method: str) -> tupl
 def run(job: Job) -> None:
     engine, frames = job.engine, job.frames[-1]
     items = task_items("all", frames, job.samples, job.seed)
-    side = min(2 * engine.config.media.size, LARGEST)
+    side = min(2 * engine.config.vision.media.size, LARGEST)
 
     def prepare(units: list[str]) -> tuple[Inputs, list[int], Any, int]:
         item = items[int(units[0])]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from zipvl.engine.engine import Engine
-from zipvl.engine.inputs import Inputs, Media
+from zipvl.engine.inputs import Inputs
 from zipvl.engine.stats import Counted, dense_work, layer_rows
 from zipvl.errors import UsageError
 from zipvl.model.cache import Cache
 from zipvl.policy import Policy
+from zipvl.vision.family import Geometry, Media
 
 from .runner import Job, Record, policy
 
@@ -52,7 +53,7 @@ def continuation(engine: Engine, ids: Tensor, method: Policy,
     prompt, tail = ids[:-TAIL], ids[-TAIL:].to(engine.model.device)
     film = 0 if question is None else len(prompt) - question
     shown = engine.model.text.embed_tokens(prompt[:film].to(tail.device))
-    media = [Media("video", torch.empty(0), None, film, features=shown)]
+    media = [Media("video", torch.empty(0), Geometry(1, 1, frames=film), film, features=shown)]
     inputs = Inputs(prompt, torch.arange(len(prompt)) < film, media)
     out = engine.prefill([inputs], method, 0, {}, ends=True)
     hidden = torch.cat((out.hidden, follow(engine, out.caches, tail[:-1], len(prompt))))

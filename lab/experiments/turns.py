@@ -45,7 +45,7 @@ def items(frames: int, samples: int, seed: int) -> list[tuple[Clip, list[Questio
 
 def run(job: Job) -> None:
     engine = job.engine
-    side = min(2 * engine.config.media.size, LARGEST)
+    side = min(2 * engine.config.vision.media.size, LARGEST)
     every = {f"{n}/{i}": item for n in job.frames
              for i, item in enumerate(items(n, job.samples, job.seed))}  # fmt: skip
 

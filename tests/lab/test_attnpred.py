@@ -76,7 +76,7 @@ def test_examples_are_what_a_step_sees() -> None:
     """Among them one whose last blocks are newer than its oldest rows."""
     engine, [item] = zipvl.load(device="cpu", dtype="float32"), task_items("list", 64, 1, 3)
     answer = record(engine, item)
-    side = min(2 * engine.config.media.size, LARGEST)
+    side = min(2 * engine.config.vision.media.size, LARGEST)
     inputs = engine.prepare(item.question, video=item.video(side).numpy(), frames=64)
     assert answer.prompt == len(inputs)
     spy = Sees(budget=10**6, dense=0)

@@ -23,7 +23,7 @@ def test_a_profile_is_the_mean_of_what_prompts_find(
     }  # fmt: skip
     assert capsys.readouterr().out.startswith(f"{out}: 0.")
     engine, kept = zipvl.load(device="cpu"), []
-    side = min(2 * engine.config.media.size, LARGEST)
+    side = min(2 * engine.config.vision.media.size, LARGEST)
     for item in task_items("all", 8, 3, 5):
         inputs = engine.prepare(item.question, video=item.video(side).numpy(), frames=8)
         stats = engine.generate(inputs, "prefixkv:ratio=0.3", max_new_tokens=1).stats

@@ -21,7 +21,7 @@ def engine() -> Engine:
 
 
 def frames_of(item: object, engine: Engine) -> Tensor:
-    return item.video(2 * engine.config.media.size)  # type: ignore[attr-defined]
+    return item.video(2 * engine.config.vision.media.size)  # type: ignore[attr-defined]
 
 
 def test_a_video_watched_in_scenes_is_the_video(engine: Engine, tmp_path: Path) -> None:

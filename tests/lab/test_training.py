@@ -24,7 +24,6 @@ from lab.demo.tower import Heads, pictures
 from zipvl.model.decoder import Decoder
 from zipvl.model.layouts import read_config
 from zipvl.model.vlm import VLM
-from zipvl.vision.image import plan
 
 GRID = checkpoint.SIDE // checkpoint.PATCH
 
@@ -49,7 +48,7 @@ def test_written_weights_are_read_again(fresh: VLM, tmp_path: Path) -> None:
 
 def batch_of(fresh: VLM, frames: int, picture: bool, chats: float) -> tuple[Bank, Sequences]:
     rng, rows = np.random.default_rng(), 144 * 2 + 48
-    bank = Bank(torch.randn(rows, GRID * GRID, fresh.config.vision.hidden_size).half(), 2, 48)
+    bank = Bank(torch.randn(rows, GRID * GRID, fresh.config.vision.tower.hidden_size).half(), 2, 48)
     scenes = [scene(frames, frames, rng) for _ in range(3)]
     return bank, sequences(
         bank, checkpoint.tokenizer(), scenes, 4, GRID, rng, picture, chats, False
@@ -82,10 +81,11 @@ def test_training_packs_features_as_the_model_does(
     bank, batch = batch_of(fresh, frames, picture, 0.0)
     features = bank.features[batch.rows].float()
     crops = torch.zeros(2 if picture else frames, GRID, GRID, 3, dtype=torch.uint8)
-    geometry = plan(checkpoint.SIDE, checkpoint.SIDE, fresh.config.media, True) if picture else None
+    side = checkpoint.SIDE
+    geometry = fresh.vision.plan(side, side, frames=0 if picture else frames)
     shown = features[0].expand(len(crops), -1, -1)
-    monkeypatch.setattr(fresh.vision, "forward", lambda pixels: shown)
-    wanted = fresh.encode(crops, geometry)
+    monkeypatch.setattr(fresh.vision.tower, "forward", lambda pixels: shown)
+    wanted = fresh.vision.encode(crops, geometry)
     found = embed(fresh, features, batch)[0, 1 : 1 + batch.visual]
     assert torch.allclose(found, wanted, atol=1e-5)
 

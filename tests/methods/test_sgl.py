@@ -161,7 +161,7 @@ def test_the_guide_sees_with_its_own_tower(
     engine.generate(inputs, f"sgl:guide={guide}", max_new_tokens=1)
     other = engine.guided.loaded[str(guide)]
     with torch.inference_mode():
-        other.model.projector[0].weight.mul_(0.5)
+        other.model.vision.projector[0].weight.mul_(0.5)
     monkeypatch.setattr(Engine, "encode", watched)
     kept = [m.features for m in inputs.media]
     engine.generate(inputs, f"sgl:guide={guide}", max_new_tokens=1)
@@ -200,7 +200,7 @@ def renamed(raw: dict) -> None:
 
 @pytest.mark.parametrize(
     ("file", "change", "says"),
-    [("config.json", bigger, "size and cut of pictures"), ("tokenizer.json", renamed, "vocabulary")],
+    [("config.json", bigger, "size, cut and tokens of pictures"), ("tokenizer.json", renamed, "vocabulary")],
 )  # fmt: skip
 def test_a_guide_that_sees_other_tokens_is_refused(
     engine: Engine, tmp_path: Path, file: str, change: Callable, says: str

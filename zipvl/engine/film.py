@@ -30,12 +30,13 @@ from ..model.cache import Cache, restore_as
 from ..model.weights import fingerprint, open_safetensors
 from ..policies import METHODS, load_policy
 from ..policy import Notes, Policy
+from ..vision.family import Geometry, Media
 from ..vision.video import Clip
-from .inputs import Inputs, Media, Shown
+from .inputs import Inputs, Shown
 from .run import ROOM, Runtime
 from .stats import LayerStats
 
-VERSION = 1
+VERSION = 2
 CLIP = ("fps", "duration", "total", "decoder", "warning")  # of a Clip, beside its frames
 
 
@@ -99,7 +100,7 @@ def save(engine: Runtime, film: Film, path: str | os.PathLike) -> None:
         "reuse": film.reuse,
         "system": film.system,
         "layers": [asdict(layer) for layer in held.layers],
-        "prompt": [notes.prompt, notes.new],
+        "prompt": [notes.prompt, notes.new, notes.ahead],
         "notes": plain([*notes.items()], "notes", tensors),
         "entered": plain(notes.entered, "entered", tensors),
         "media": [described(m, f"media.{i}", tensors) for i, m in enumerate(film.inputs.media)],
@@ -178,9 +179,12 @@ def rebuilt(engine: Runtime, about: dict[str, Any], tensors: dict[str, Tensor],
     if ids.dtype != torch.int64 or visual.dtype != torch.bool or not ids.shape == visual.shape:
         raise ValueError("its tokens are none")
     media = [medium(one, f"media.{i}", tensors) for i, one in enumerate(about["media"])]
+    if any(engine.model.vision.count(m.geometry) != m.tokens for m in media):
+        raise ValueError("its media have other tokens")
     inputs = Inputs(ids, visual, media, reported=True)
-    prompt, new = about["prompt"]
+    prompt, new, ahead = about["prompt"]
     notes = Notes(prompt, new)
+    notes.ahead = int(ahead)
     notes.entered = unplain(about["entered"], tensors, device)
     notes.update(unplain(about["notes"], tensors, device))
     notes.origin = Shown(inputs, engine.model)
@@ -268,7 +272,7 @@ def chosen(path: Path, about: dict[str, Any], method: str | Policy | None) -> Po
 def described(m: Media, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """A medium without its pixels; the hash is of what the model saw of it."""
     seen = m.sha256 if m.features is None else digest(m.kind, {"": m.features.cpu()})
-    about = {"kind": m.kind, "tokens": m.tokens, "sha256": seen}
+    about = {"kind": m.kind, "tokens": m.tokens, "sha256": seen, "geometry": asdict(m.geometry)}
     if m.clip is None:
         return about
     tensors[f"{name}.indices"] = torch.tensor(m.clip.indices, dtype=torch.long)
@@ -283,7 +287,8 @@ def medium(about: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Medi
         times = tensors[f"{name}.times"].view(len(numbers))  # as many, or no session
         clip = Clip(none, tuple(numbers.tolist()), tuple(times.tolist()), **about["clip"])
     crops = torch.from_numpy(none)
-    return Media(about["kind"], crops, None, about["tokens"], clip, sha256=about["sha256"])
+    geometry = Geometry(**about["geometry"])
+    return Media(about["kind"], crops, geometry, about["tokens"], clip, sha256=about["sha256"])
 
 
 def plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

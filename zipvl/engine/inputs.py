@@ -19,29 +19,15 @@ from ..errors import ModelError, UsageError
 from ..model.batch import sent
 from ..model.vlm import VLM
 from ..model.weights import Progress
-from ..vision.image import Geometry, crops, fit_frame, open_image
-from ..vision.merge import count_tokens_image, count_tokens_video, merge_video
-from ..vision.video import Clip, Reading
+from ..vision.family import Family, Geometry, Media, Placed
+from ..vision.source import open_image
+from ..vision.video import Reading
 
 HELD = 128  # frames that may wait; whole batches, so that waiting does not change features
 BATCH = 16  # frames in the tower at a time
 MARKER = "(<image>|<video>)"
 
 Message = dict[str, Any]
-
-
-@dataclass
-class Media:
-    """One picture or video, cut to crops, not yet encoded."""
-
-    kind: str  # image | video
-    crops: Tensor  # uint8 [n, S, S, 3]; none of a long video (FrameBuffer)
-    geometry: Geometry | None  # None for a video
-    tokens: int
-    clip: Clip | None = None  # which frames a video gave; its pixels are `crops`
-    features: Tensor | None = None  # [tokens, C] once encoded, so that a second question is cheaper
-    received: Tensor | None = None  # [tokens, 2] once a method asked (PromptView.received)
-    sha256: str = ""  # of its features, where a session's file stands for them and the pixels
 
 
 ImageSource = str | os.PathLike | Image.Image | Media
@@ -55,6 +41,8 @@ class Inputs:
     input_ids: Tensor  # [T] int64
     is_visual: Tensor  # [T] bool
     media: list[Media]  # in the order of their tokens
+    turns: Tensor | None = None  # [3, T] rotary ids: time, row, column; None: the tokens' places
+    ahead: int = 0  # by how much those of the tokens behind the media are ahead of their places
     seconds: float = 0.0  # spent on reading and resizing media
     vision_seconds: float = 0.0  # spent on encoding frames meanwhile
     warnings: list[str] = field(default_factory=list)
@@ -73,7 +61,7 @@ class Shown:
 
     @cached_property
     def tiles(self) -> list[tuple[int, int]]:
-        return [(g.rows, g.cols) if g else (0, 0) for g in (m.geometry for m in self.inputs.media)]
+        return [(m.geometry.rows, m.geometry.cols) for m in self.inputs.media]
 
     @cached_property
     def medium(self) -> Tensor:
@@ -82,8 +70,8 @@ class Shown:
 
     @cached_property
     def crop(self) -> Tensor:
-        media = ((m.clip.indices if m.clip else m.crops, m.geometry) for m in self.inputs.media)
-        return self.of_all([self.model.numbers(len(crops), g) for crops, g in media], -1)
+        vision = self.model.vision
+        return self.of_all([vision.numbers(m.geometry) for m in self.inputs.media], -1)
 
     @cached_property
     def received(self) -> Tensor:
@@ -96,7 +84,7 @@ class Shown:
                     "method that needs no pixels"
                 )
             if m.received is None:
-                m.received = self.model.received(m.crops, m.geometry).cpu()
+                m.received = self.model.vision.received(m.crops, m.geometry).cpu()
             parts.append(m.received)
         return self.of_all(parts, -torch.inf, 2)
 
@@ -108,7 +96,7 @@ class Shown:
         return sent(out, self.model.device)
 
 
-def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
+def read_image(source: ImageSource, vision: Family, alone: bool) -> Media:
     """A picture's crops and token count; Media pass. Raises MediaError."""
     if isinstance(source, Media):
         return source
@@ -117,9 +105,10 @@ def read_image(source: ImageSource, config: ModelConfig, alone: bool) -> Media:
             f"a picture is a {type(source).__name__}: give a path or a PIL image (of an array: "
             "PIL.Image.fromarray)"
         )
-    pixels, geometry = crops(open_image(source), config.media, alone)
-    tokens = count_tokens_image(geometry, config.media, config.vision)
-    return Media("image", torch.from_numpy(pixels), geometry, tokens)
+    image = open_image(source)
+    geometry = vision.plan(image.height, image.width, alone)
+    crops = torch.from_numpy(vision.cut(image, geometry))
+    return Media("image", crops, geometry, vision.count(geometry))
 
 
 def read_clip(
@@ -148,56 +137,65 @@ def read_clip(
             raise UsageError(f"{name} is {number!r:.60}: give a number")
     if isinstance(source, np.ndarray) and frames is not None:
         frames = min(frames, max(1, len(source)))  # chosen already: no word where they are fewer
-    buffer = FrameBuffer(model)
     reading = Reading(source, frames, fps, start, end, reader=reader)
+    buffer = FrameBuffer(model.vision, reading)
     with progress("read frames", len(reading.targets)) as reading.progress:
         for some in reading:
             buffer.fill(some)
-    return buffer.media(reading), buffer.seconds
+    return buffer.media(), buffer.seconds
 
 
 class FrameBuffer:
     """Frames on their way into a model: a short video waits as pixels, a long one never does.
 
-    When HELD are waiting and more come, they are encoded, and only their pooled features stay.
+    When HELD are waiting and more come, they are encoded, and only what join() needs stays.
     """
 
-    def __init__(self, model: VLM):
-        size = model.config.media.size
-        self.model, self.seconds = model, 0.0  # spent on encoding
-        self.pixels = torch.empty(HELD, size, size, 3, dtype=torch.uint8)  # filled again and again
+    def __init__(self, vision: Family, reading: Reading):
+        self.vision, self.reading = vision, reading
+        self.seconds = 0.0  # spent on encoding
+        self.geometry: Geometry | None = None  # known with the first frame
+        self.pixels = torch.empty(0)  # HELD crops, filled again and again
         self.waiting = 0  # frames in them
-        self.parts: list[Tensor] = []  # features [n, N, C] of those before
+        self.parts: list[Tensor] = []  # features of those before
 
     def fill(self, frames: Iterable[np.ndarray]) -> None:
-        """Takes a video's frames, uint8 [h, w, 3], resized at once; earlier ones are forgotten."""
+        """Takes a video's frames, uint8 [h, w, 3], cut at once; earlier ones are forgotten."""
         self.waiting, self.parts = 0, []
         for frame in frames:
+            if self.geometry is None:
+                count = len(self.reading.targets)
+                high, wide, _ = frame.shape
+                self.geometry = self.vision.plan(high, wide, frames=count)
             if self.waiting == HELD:
                 self.encode()
-            self.pixels[self.waiting] = torch.from_numpy(fit_frame(frame, self.model.config.media))
+            crop = torch.from_numpy(self.vision.fit(frame, self.geometry))
+            if not len(self.pixels):
+                self.pixels = crop.new_empty(HELD, *crop.shape)
+            self.pixels[self.waiting] = crop
             self.waiting += 1
 
     @torch.inference_mode()
     def encode(self) -> None:
+        assert self.geometry is not None
         began, pixels = time.perf_counter(), self.pixels[: self.waiting]
-        self.parts += [self.model.features(some, pool=True) for some in pixels.split(BATCH)]
+        self.parts += [self.vision.features(some, self.geometry) for some in pixels.split(BATCH)]
         self.waiting = 0
         self.seconds += time.perf_counter() - began
 
-    def media(self, reading: Reading) -> Media:
+    def media(self) -> Media:
         """The video whose frames were taken."""
-        config, features = self.model.config, None
-        tokens = count_tokens_video(len(reading.targets), config.media, config.vision)
-        pixels = self.pixels.numpy()[: 0 if self.parts else self.waiting].copy()
+        geometry, features = self.geometry, None
+        assert geometry is not None, "a Reading without frames raises"
+        pixels = self.pixels[: 0 if self.parts else self.waiting].clone()
         if self.parts:
             if self.waiting:
                 self.encode()
             x, self.parts = torch.cat(self.parts), []
             with torch.inference_mode():
-                features = merge_video(x, config.media, self.model.image_newline)
-        clip = reading.clip(pixels)
-        return Media("video", torch.from_numpy(pixels), None, tokens, clip, features)
+                features = self.vision.join(x, geometry)
+        clip = self.reading.clip(pixels.numpy())
+        return Media("video", pixels, geometry, self.vision.count(geometry), clip, features)
 
 
 def as_list(media: Any) -> Sequence[Any]:
@@ -286,27 +284,40 @@ def split_markers(text: str) -> list[dict]:
     return [{"type": p[1:-1]} if i % 2 else {"type": "text", "text": p} for i, p in pieces if p]
 
 
-def build_inputs(config: ModelConfig, runs: Iterable[list[int] | str], images: list[Media],
-                 videos: list[Media]) -> Inputs:  # fmt: skip
-    """Token ids of a prompt: `runs` of ids, and every medium's placeholder ids in its place."""
-    left = {"image": iter(images), "video": iter(videos)}
+def build_inputs(config: ModelConfig, vision: Family, runs: Iterable[list[int] | str],
+                 media: list[Media], placed: list[Placed]) -> Inputs:  # fmt: skip
+    """Token ids of a prompt: `runs` of ids, and the media's placeholder ids where `runs` name one;
+    rotary ids where a medium has its own."""
+    counts = [n for one in placed for n in one if isinstance(n, int)]
     tokens = {"image": config.image_token, "video": config.video_token}
+    parts = [t for t in map(vision.turn, media) if t is not None]
+    own = iter(torch.cat(parts, dim=1).split(counts, dim=1) if parts else ())
     ids: list[int] = []
     visual: list[bool] = []
-    media: list[Media] = []
+    turns, at, left = [], 0, iter(counts)  # `at`: the next token's rotary id
     for run in runs:
-        if isinstance(run, str):
-            medium = next(left[run])
-            media.append(medium)
-            ids += [tokens[run]] * medium.tokens
-            visual += [True] * medium.tokens
-        else:
-            ids += run
-            visual += [False] * len(run)
+        n = next(left) if isinstance(run, str) else len(run)
+        ids += [tokens[run]] * n if isinstance(run, str) else run
+        visual += [isinstance(run, str)] * n
+        if parts:
+            shape = next(own) if isinstance(run, str) else torch.arange(n).expand(3, n)
+            turns.append(shape + at)
+            at = int(turns[-1].max()) + 1 if n else at
     inputs = Inputs(torch.tensor(ids), torch.tensor(visual), media)
+    if parts:
+        inputs.turns, inputs.ahead = torch.cat(turns, dim=1), at - len(ids)
     inputs.warnings += [m.clip.warning for m in media if m.clip and m.clip.warning]
     check_length(inputs, config)
     return inputs
+
+
+def turned(inputs: Sequence[Inputs], device: torch.device) -> Tensor | None:
+    """Rotary ids [3, sum T] of packed prompts; None: they are the tokens' places."""
+    if all(one.turns is None for one in inputs):
+        return None
+    places = [torch.arange(len(one)).expand(3, -1) for one in inputs]
+    both = zip(inputs, places, strict=True)
+    return sent(torch.cat([at if one.turns is None else one.turns for one, at in both], 1), device)
 
 
 def check_length(inputs: Inputs, config: ModelConfig) -> None:

@@ -105,8 +105,7 @@ class Guides:
 
 ALIKE: dict[str, Callable[[Runtime], Any]] = {  # what makes tokens of a prompt and its media
     "vocabulary": lambda engine: engine.chat.tokenizer.get_vocab(),
-    "size and cut of pictures": lambda engine: replace(engine.config.media, mean=(), std=()),
-    "tokens of a picture": lambda engine: (engine.config.vision.grid, engine.config.vision.tokens),
+    "size, cut and tokens of pictures": lambda engine: engine.model.vision.cuts,
 }
 
 

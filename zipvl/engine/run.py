@@ -2,8 +2,8 @@
 
     prepare (media and text to token ids) -> encode (vision) -> prefill -> decode
 
-Everything here is bookkeeping around three calls into the model: VLM.encode, Decoder.prefill and
-Decoder.decode. What a method keeps is decided by its policy inside the attention layer.
+Everything here is bookkeeping around three calls into the model: Family.encode, Decoder.prefill
+and Decoder.decode. What a method keeps is decided by its policy inside the attention layer.
 """
 
 import time
@@ -37,6 +37,7 @@ from .inputs import (
     place_media,
     read_clip,
     read_image,
+    turned,
 )
 from .sampler import Sampling
 from .stats import (
@@ -142,18 +143,23 @@ class Runtime:
         """
         images, videos = as_list(images), as_list(video)
         messages = place_media(conversation(prompt, system), len(images), len(videos))
-        runs = list(self.chat.tokenize(messages))  # what is wrong with the words is told at once
+        runs = self.chat.tokenize(messages)  # what is wrong with the words is told at once
         if frames == "auto":
             frames = FRAMES if fps is None else None
         began = time.perf_counter()
         with memory_errors(self.model.device, "reading media", "use fewer --frames"):
-            pictures = [read_image(i, self.config, alone=len(images) == 1) for i in images]
+            pictures = [read_image(i, self.model.vision, alone=len(images) == 1) for i in images]
             clips = [
                 read_clip(v, self.model, self.progress, frames, fps, start, end, reader)
                 for v in videos
             ]
         read, encode = time.perf_counter() - began, sum(seconds for _, seconds in clips)
-        inputs = build_inputs(self.config, runs, pictures, [m for m, _ in clips])
+        left = {"image": iter(pictures), "video": iter([m for m, _ in clips])}
+        media = [next(left[run]) for run in runs if isinstance(run, str)]
+        placed = [self.model.vision.place(m) for m in media]
+        if any(len(one) > 1 for one in placed):  # text stands between, or beside
+            runs = self.chat.tokenize(messages, placed)
+        inputs = build_inputs(self.config, self.model.vision, runs, media, placed)
         inputs.seconds, inputs.vision_seconds = read - encode, encode
         return inputs
 
@@ -162,7 +168,7 @@ class Runtime:
         waiting = [m for m in inputs.media if m.features is None]
         with self.progress("encode frames", sum(len(m.crops) for m in waiting)) as step:
             for m in waiting:
-                m.features = self.model.encode(m.crops, m.geometry, progress=step)
+                m.features = self.model.vision.encode(m.crops, m.geometry, progress=step)
         return [m.features for m in inputs.media if m.features is not None]
 
     def prefill(
@@ -194,8 +200,9 @@ class Runtime:
                 visual = join([i.is_visual.to(device) for i in inputs])
                 notes = notes or [Notes(n, room or 0) for n in lengths]
                 for mine, asked in zip(notes, inputs, strict=True):
-                    mine.origin, mine.entered = Shown(asked, model), None
-                batch = Batch.build(lengths, places, visual, text, model.dtype, notes)
+                    mine.origin, mine.entered, mine.ahead = Shown(asked, model), None, asked.ahead
+                turns = turned(inputs, device)
+                batch = Batch.build(lengths, places, visual, text, model.dtype, notes, turns)
                 recorder = Recorder(device, text, step)
                 out = model.text.prefill(  # the embeddings are its own, to be let go in layer 0
                     self.embed(inputs, features), batch, policy, self.attend, room, self.chunk,

@@ -238,13 +238,16 @@ class Turn(Run):
         are the session's."""
         engine, [inputs] = self.engine, self.inputs
         ids, visual = inputs.input_ids[:n], inputs.is_visual[:n]
+        turns = None if inputs.turns is None else inputs.turns[:, :n]
         if self.session.reuse == "general":
             question = GENERAL[any(m.kind == "video" for m in inputs.media)]
             asked = self.session.turn([{"role": "user", "content": question}]).inputs[0]
             rest = slice(read_length(asked), None)
             ids = torch.cat((ids, asked.input_ids[rest]))
             visual = torch.cat((visual, asked.is_visual[rest]))
-        start = Inputs(ids, visual, inputs.media)
+            if asked.turns is not None:
+                turns = asked.turns
+        start = Inputs(ids, visual, inputs.media, turns, inputs.ahead)
         notes = engine.take_notes([start], self.policy, ROOM)
         out = engine.prefill([start], self.policy, ROOM, self.seconds, notes, ends=True)
         held = Held(ids, n, out.caches, notes[0], out.layers)

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..linear import Linear
+from ..linear import Linear, RMSNorm
 from ..model.attention import Attention
-from ..model.batch import Batch, Spans, rope_table
+from ..model.batch import Batch, Spans, ahead, rope_table
 from ..model.cache import Cache
-from ..model.decoder import MLP, Decoder, RMSNorm
+from ..model.decoder import MLP, Decoder
 from ..model.kernels import Attend, attend_sdpa, sdpa
 from ..model.vlm import VLM
 from ..policy import Notes, Policy
@@ -151,9 +151,9 @@ def pack_weights(model: nn.Module, kind: str) -> int:
     """Packs the decoder's linear layers and the head; returns by how many bytes that grew them."""
     if kind == "full":
         return 0
-    before, tower = held(model), ("vision", "projector")
-    names = [n for n, m in model.named_modules()
-             if isinstance(m, Linear) and fits(m, kind) and not n.startswith(tower)]  # fmt: skip
+    before = held(model)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear)]
+    names = [n for n, m in layers if fits(m, kind) and not n.startswith("vision.")]
     for name in names:  # one at a time: a weight that is replaced makes room for the next
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
@@ -224,11 +224,16 @@ class FusedProjections:
     def __init__(self, layer: Attention, fused: ModuleType):
         self.weight, self.bias = joined([layer.q_proj, layer.k_proj, layer.v_proj])
         self.heads, self.H, self.rotate = layer.heads, layer.config.num_heads, fused.rotate
+        self.norms = (layer.q_norm, layer.k_norm) if layer.config.qk_norm else None
         self.turned = self.H + layer.config.num_kv_heads
 
     def __call__(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.heads(F.linear(x, self.weight, self.bias))  # [B, H + 2 G, D]
-        qk = self.rotate(qkv[:, : self.turned], batch.cos, batch.sin)
+        qk = qkv[:, : self.turned]
+        if self.norms is not None:
+            both = zip(self.norms, (qk[:, : self.H], qk[:, self.H :]), strict=True)
+            qk = torch.cat([norm(x) for norm, x in both], dim=1)
+        qk = self.rotate(qk, batch.cos, batch.sin)
         return qk[:, : self.H], qk[:, self.H :], qkv[:, self.turned :]
 
 
@@ -290,6 +295,7 @@ class StaticStep(Step):
         self.ids = torch.zeros(B, dtype=torch.long, device=device)
         at, text = torch.zeros_like(self.ids), torch.zeros_like(self.ids, dtype=torch.bool)
         self.batch = Batch.build([1] * B, at, text, config, model.dtype, notes)
+        self.ahead = ahead(notes, [1] * B, device)
 
     @classmethod
     def repeats(cls, policy: Policy) -> bool:
@@ -302,7 +308,7 @@ class StaticStep(Step):
 
     def run(self) -> Tensor:
         text = self.model.text
-        cos, sin = rope_table(self.batch.positions, text.config, self.model.dtype)
+        cos, sin = rope_table(self.batch.positions + self.ahead, text.config, self.model.dtype)
         batch, x = replace(self.batch, cos=cos, sin=sin), text.embed_tokens(self.ids)
         return self.model.logits(text.step(x, batch, self.caches, self.policy, self.attend))
 

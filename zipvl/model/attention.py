@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from ..linear import Linear
+from ..linear import Linear, RMSNorm
 from ..policy import Plan, Policy, StepView, View, ask_all
 from .batch import Batch, Rotate, Spans
 from .cache import Cache, Kept
@@ -55,7 +55,7 @@ class Observer:
 
 
 class Attention(nn.Module):
-    """Self-attention of Llama, Mistral and Qwen2 (transformers: models/*/modeling_*.py)."""
+    """Self-attention of Llama, Mistral, Qwen2 and Qwen3 (transformers: models/*/modeling_*.py)."""
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -65,6 +65,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, G * D, bias=config.qkv_bias)
         self.v_proj = Linear(C, G * D, bias=config.qkv_bias)
         self.o_proj = Linear(H * D, C, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.rotate: nn.Module = Rotate()
         self.probe_mass = probe_mass
 
@@ -72,14 +75,23 @@ class Attention(nn.Module):
         """[n, heads * D] -> [n, heads, D]."""
         return x.unflatten(-1, (-1, self.config.head_dim))
 
-    def rotated(self, project: Linear, x: Tensor, batch: Batch, rows: Rows = slice(None)) -> Tensor:
-        """Queries or keys [n, heads, D] of the n `rows` of x [sum T, C], RoPE included."""
+    def queries(self, x: Tensor, batch: Batch, rows: Rows = slice(None)) -> Tensor:
+        """[n, H, D] of the n `rows` of x [sum T, C], RoPE included."""
+        return self.rotated(self.q_proj, self.q_norm, x, batch, rows)
+
+    def keys(self, x: Tensor, batch: Batch) -> Tensor:
+        """[sum T, G, D], RoPE included."""
+        return self.rotated(self.k_proj, self.k_norm, x, batch, slice(None))
+
+    def rotated(self, project: Linear, norm: nn.Module, x: Tensor, batch: Batch,
+                rows: Rows) -> Tensor:  # fmt: skip
+        """Queries or keys: projected, where the model does so normed, and turned."""
         x, cos, sin = x[rows], batch.cos[rows], batch.sin[rows]
         if batch.chunk is None or len(x) <= batch.chunk:
-            return self.rotate(self.heads(project(x)), cos, sin)
+            return self.rotate(norm(self.heads(project(x))), cos, sin)
         out = self.heads(x.new_empty(len(x), project.out_features))
         for into, *part in zip(*(t.split(batch.chunk) for t in (out, x, cos, sin)), strict=True):
-            into.copy_(self.rotate(self.heads(project(part[0])), *part[1:]))
+            into.copy_(self.rotate(norm(self.heads(project(part[0]))), *part[1:]))
         return out
 
     def prefill(self, x: Tensor, batch: Batch, policy: Policy, kernel: Attend, store: Store | None,
@@ -89,7 +101,7 @@ class Attention(nn.Module):
         its sequences, and the cache that `store` builds (None: none is built).
 
         `ends`: the output of each sequence's last token is wanted and no other, [B, C]."""
-        k = self.rotated(self.k_proj, x, batch)  # [sum T, G, D]
+        k = self.keys(x, batch)  # [sum T, G, D]
         watch.lap("rest")
         # 1 probe, 2 score and 3 select: the policy looks at each sequence and plans
         views = [self.view(x, k, batch, b, watch) for b in range(len(batch.spans))]
@@ -124,7 +136,7 @@ class Attention(nn.Module):
 
         def score(rows: Tensor) -> Tensor:
             rows = rows.to(x.device)
-            q = self.rotated(self.q_proj, x, batch, rows + at.start)  # 1 probe
+            q = self.queries(x, batch, rows + at.start)  # 1 probe
             mass = self.probe_mass(q, k[at], rows)  # 2 score
             watch.looked(b, len(rows) * width * (x.shape[1] + T))
             watch.lap("probe")
@@ -132,14 +144,14 @@ class Attention(nn.Module):
 
         def blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
             rows = rows.to(x.device)
-            q = self.rotated(self.q_proj, x, batch, rows + at.start)
+            q = self.queries(x, batch, rows + at.start)
             watch.looked(b, len(rows) * width * (x.shape[1] + T))
             yield from logit_blocks(q, k[at], rows)
 
         def project_q(rows: Tensor | None) -> Tensor:
             watch.looked(b, (T if rows is None else len(rows)) * x.shape[1] * width)
             some = at if rows is None else rows.to(x.device) + at.start
-            return self.rotated(self.q_proj, x, batch, some).transpose(0, 1)
+            return self.queries(x, batch, some).transpose(0, 1)
 
         def project_v() -> Tensor:
             watch.looked(b, T * x.shape[1] * self.v_proj.out_features)
@@ -166,12 +178,12 @@ class Attention(nn.Module):
         """
         masked = any(plan.mask is not None for plan in plans)
         if isinstance(rows, slice) and not masked:  # everybody attends
-            q = self.rotated(self.q_proj, x, batch)
+            q = self.queries(x, batch)
             return self.o_proj(kernel(q, k, v, spans, spans).flatten(1))
         rows = torch.arange(len(x), device=x.device) if isinstance(rows, slice) else rows
         parts = list(zip(batch.spans.slices(), spans.slices(), plans, strict=True))
         if masked or any(plan.fill == "own" for plan in plans):  # who is left out asks as well
-            q = self.rotated(self.q_proj, x, batch)
+            q = self.queries(x, batch)
             outs = [
                 attend_kept(q[at], k[rows[mine]], v[mine], rows[mine] - at.start, more=plan.mask)
                 for at, mine, plan in parts
@@ -179,7 +191,7 @@ class Attention(nn.Module):
             everybody = self.o_proj(torch.cat(outs).flatten(1))  # [sum T, C]
             o = everybody[rows]
         else:
-            q = self.rotated(self.q_proj, x, batch, rows)  # [sum K, H, D]
+            q = self.queries(x, batch, rows)  # [sum K, H, D]
             o = self.o_proj(kernel(q, k[rows], v, spans, spans).flatten(1))  # [sum K, C]
         out = x.new_zeros(len(x), o.shape[1]).index_copy_(0, rows, o)
         for at, mine, plan in parts:
@@ -199,7 +211,7 @@ class Attention(nn.Module):
             k, newest = k[rows], rows[spans.ends]  # the last token that is kept, if not `last`
             own = [plan.fill == "own" for plan in plans]
             asks = torch.stack([(last if o else newest)[b] for b, o in enumerate(own)])
-        q = self.rotated(self.q_proj, x, batch, asks)  # [B, H, D]
+        q = self.queries(x, batch, asks)  # [B, H, D]
         out = self.o_proj(kernel(q, k, v, Spans([1] * len(plans), x.device), spans).flatten(1))
         for b, plan in enumerate(plans):
             if plan.fill == "zero":
@@ -229,8 +241,7 @@ class Attention(nn.Module):
 
     def newest(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Query [n, H, D], key and value [n, G, D] of new tokens x [n, C]."""
-        q, k = (self.rotated(project, x, batch) for project in (self.q_proj, self.k_proj))
-        return q, k, self.heads(self.v_proj(x))
+        return self.queries(x, batch), self.keys(x, batch), self.heads(self.v_proj(x))
 
     def step_views(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: Cache,
                    asked: list[int]) -> list[StepView]:  # fmt: skip

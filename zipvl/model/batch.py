@@ -1,8 +1,11 @@
 """A packed batch: sequences one after the other, without padding; where each row lies, its place in
-the prompt, and the angle of that place.
+the prompt, and its angles.
 
-Positions are a token's place in the whole prompt. They never come from the length of a cache: after
-tokens were dropped the two differ, and every later token would be turned by a wrong angle.
+Positions are a token's place in the whole prompt: causality, recency, caches and methods know no
+other number. They never come from the length of a cache: after tokens were dropped the two differ,
+and every later token would be turned by a wrong angle. What turns a token is its rotary id. Mostly
+that is its position; where pictures have rows and columns of ids (M-RoPE), ids repeat, and those of
+the text behind are ahead of its positions by one number a sequence, Notes.ahead.
 """
 
 import math
@@ -111,10 +114,13 @@ class Batch:
 
     @classmethod
     def build(cls, lengths: list[int], positions: Tensor, is_visual: Tensor, config: TextConfig,
-              dtype: torch.dtype, notes: list[Notes] | None = None) -> "Batch":  # fmt: skip
-        """positions, is_visual [sum T]; `notes` None: fresh ones."""
-        cos, sin = rope_table(positions, config, dtype)
+              dtype: torch.dtype, notes: list[Notes] | None = None,
+              turns: Tensor | None = None) -> "Batch":  # fmt: skip
+        """positions, is_visual [sum T]; `notes` None: fresh ones. `turns`: rotary ids [3, sum T];
+        None: those of text behind what is in the prompt."""
         notes = [Notes(n) for n in lengths] if notes is None else notes
+        turns = positions + ahead(notes, lengths, positions.device) if turns is None else turns
+        cos, sin = rope_table(turns, config, dtype)
         places = positions.int()  # caches hold them for every layer and head
         return cls(Spans(lengths, positions.device), places, is_visual, cos, sin, notes)
 
@@ -143,15 +149,28 @@ def join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def rope_table(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, D/2] for `positions` [T], computed in float32, cast to `dtype`.
+def ahead(notes: list[Notes], lengths: list[int], device: torch.device) -> Tensor | int:
+    """By how much rotary ids of text are ahead of its positions, [sum T]; 0: they are these."""
+    each = [n.ahead for n in notes]
+    if not any(each):
+        return 0
+    return sent(torch.tensor(each).repeat_interleave(torch.tensor(lengths)), device)
+
+
+def rope_table(turns: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, D/2] for rotary ids `turns` [T], computed in float32, cast to `dtype`; or
+    for [3, T], time, row and column, of which each turns its section of the D/2 pairs (Qwen2-VL).
 
     In the order in which transformers does it (modeling_rope_utils.py), so that its angles come out
     to the last bit; linear scaling divides the frequencies.
     """
-    steps = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    steps = torch.arange(0, config.head_dim, 2, device=turns.device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**steps / config.rope_factor
-    angles = positions[:, None, None].float() * frequencies
+    by_pair = turns[:, None]  # [T, 1]
+    if turns.ndim == 2:
+        rows = [row for row, pairs in enumerate(config.rope_sections) for _ in range(pairs)]
+        by_pair = torch.cat([turns[row : row + 1] for row in rows]).T  # [T, D/2]
+    angles = by_pair[:, None].float() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

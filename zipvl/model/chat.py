@@ -12,7 +12,7 @@ transformers passes them. Built-in ones take content as one string.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,9 @@ class Chat:
     tokenizer: Tokenizer
     template: "PromptTemplate"
     markers: dict[str, str]  # kind of medium -> what stands for it in the rendered prompt
-    marker_ids: frozenset[int]  # their ids; none in the original layout
+    marks: dict[str, str]  # and what for each run of its tokens: mostly the same
+    marker_ids: frozenset[int]  # ids of these; none in the original layout
+    around: tuple[str, str]  # what stands around a marker in a text without parts
     bos: tuple[int, ...]  # in front of every prompt, once
     stop_ids: frozenset[int]
     vocab_size: int  # len(tokenizer) with added tokens: ids from here on must never be sampled
@@ -56,12 +58,15 @@ class Chat:
         tokens = named_tokens(tok, folder, settings)
         ids = _marker_ids(tok, folder, config)
         added = tok.get_added_tokens_decoder()
-        markers = {kind: added[i].content for kind, i in ids.items()}
+        marks = {kind: added[i].content for kind, i in ids.items()}
+        marks = marks or {"image": "<image>", "video": "<image>"}
         chat = cls(
             tokenizer=tok,
             template=load_template(folder, config, template, tokens),
-            markers=markers or {"image": "<image>", "video": "<image>"},
+            markers=marks | config.markers,
+            marks=marks,
             marker_ids=frozenset(ids.values()),
+            around=config.around,
             bos=bos_ids(tok, settings, tokens),
             stop_ids=stop_ids(tok, folder, config, tokens),
             vocab_size=max(tok.get_vocab().values()) + 1,
@@ -104,15 +109,24 @@ class Chat:
             "the prompt: choose a built-in template"
         )
 
-    def tokenize(self, messages: list[Message]) -> list[list[int] | str]:
+    def tokenize(self, messages: list[Message],
+                 placed: Sequence[Sequence[str | int]] | None = None,
+                 ) -> list[list[int] | str]:  # fmt: skip
         """Runs of ids with "image" and "video" between them, in order; BOS once where there is one.
 
-        In the HF layout the ids are those of the HF processors before they repeat a placeholder.
-        Raises as `render` does.
+        `placed` says of each medium what stands for it (vision/family.py): its kind is given once
+        for each run of visual tokens. In the HF layout the ids are those of the HF processors
+        before they repeat a placeholder. Raises as `render` does.
         """
         text = self.render(messages)
-        kinds = [p["type"] for m in messages for p in m["content"] if p["type"] != "text"]
-        runs = self._runs(text)
+        media = [p["type"] for m in messages for p in m["content"] if p["type"] != "text"]
+        placed = [[1] for _ in media] if placed is None else placed
+        kinds, parts = [], re.split(self._pattern, text)
+        for i, (kind, one) in enumerate(zip(media, placed, strict=True)):
+            mark = self.marks[kind]
+            parts[i] += "".join(mark if isinstance(part, int) else part for part in one)
+            kinds += [kind for part in one if isinstance(part, int)]
+        runs = self._runs("".join(parts))
         if len(runs) != len(kinds) + 1:
             raise ModelError("the tokenizer joins a media placeholder with text: use another one")
         if runs[0][: len(self.bos)] != list(self.bos):  # else the template wrote it
@@ -143,17 +157,22 @@ class Chat:
         """A fresh one; each answer needs its own."""
         return Detokenizer(self.tokenizer, self.special_ids)
 
+    @property
+    def _pattern(self) -> str:
+        return "|".join(map(re.escape, {*self.markers.values(), *self.marks.values()}))
+
     def _found(self, text: str) -> list[str]:
-        return re.findall("|".join(map(re.escape, self.markers.values())), text)
+        return re.findall(self._pattern, text)
 
     def _forms(self, messages: list[Message]) -> Iterator[list[Message]]:
         """Ways to hand the conversation to the template, the one HF uses first.
 
-        HF templates write all media of a message before its text. Where that would change the
+        Many HF templates write all media of a message before its text. Where that would change the
         order, the message goes in as one text part with the markers already in place.
         """
         parts = self.template.takes_parts
-        if parts and all(self._media_first(m["content"]) for m in messages):
+        first = all(self._media_first(m["content"]) for m in messages)
+        if parts and (first or self.template.keeps_order):
             yield messages
         texts = [self._flat(m["content"]) for m in messages]
         contents: list[Any] = [[{"type": "text", "text": t}] for t in texts] if parts else texts
@@ -165,15 +184,16 @@ class Chat:
 
     def _flat(self, parts: list[Part]) -> str:
         """Content as one string: "<image> <image>\\n" + text, or each marker where its part is."""
+        shown = {kind: marker.join(self.around) for kind, marker in self.markers.items()}
         if not self._media_first(parts):
-            return "".join(self.markers.get(p["type"]) or p["text"] for p in parts)
-        media = " ".join(self.markers[p["type"]] for p in parts if p["type"] != "text")
+            return "".join(shown.get(p["type"]) or p["text"] for p in parts)
+        media = " ".join(shown[p["type"]] for p in parts if p["type"] != "text")
         return (media + "\n" if media else "") + "".join(p.get("text", "") for p in parts)
 
     def _runs(self, text: str) -> list[list[int]]:
         """Ids between the markers, one run more than there are markers."""
         if not self.marker_ids:
-            return [self.encode(run) for run in text.split(self.markers["image"])]
+            return [self.encode(run) for run in text.split(self.marks["image"])]
         runs: list[list[int]] = [[]]
         for i in self.encode(text):
             if i in self.marker_ids:
@@ -184,12 +204,10 @@ class Chat:
 
 
 def _marker_ids(tok: Tokenizer, folder: Path, config: ModelConfig) -> dict[str, int]:
-    """Ids of the markers, {} in the original layout; a video without its own has the picture's."""
+    """Ids of the markers, {} in the original layout."""
     if config.layout == "original":
         return {}
-    ids = {"image": config.image_token, "video": config.image_token}
-    if config.family in ("llava_next_video", "llava_onevision"):
-        ids["video"] = config.video_token
+    ids = {"image": config.image_token, "video": config.video_token}
     added = tok.get_added_tokens_decoder()
     for kind, i in ids.items():
         if i not in added:
@@ -235,6 +253,19 @@ class PromptTemplate:
         except ModelError:
             return False
         return "probe" in text and "'text'" not in text
+
+    @cached_property
+    def keeps_order(self) -> bool:
+        """Whether it writes parts where they are, not media first."""
+        words = [{"type": "text", "text": text} for text in ("probe", "again")]
+        content = [words[0], {"type": "image"}, words[1]]
+        try:
+            text = self.render([{"role": "user", "content": content}])
+        except Overrun:
+            raise
+        except ModelError:
+            return False
+        return bool(text.partition("probe")[2].partition("again")[0].strip())
 
 
 def load_template(

@@ -1,6 +1,6 @@
-"""The language model: Llama, Mistral or Qwen2, over packed sequences.
+"""The language model: Llama, Mistral, Qwen2 or Qwen3, over packed sequences.
 
-Mirrors transformers' models/{llama,mistral,qwen2}/modeling_*.py; parameter names are theirs.
+Mirrors transformers' models/{llama,mistral,qwen2,qwen3}/modeling_*.py; parameter names are theirs.
 `forward` is the dense model without a cache, differentiable, for training and tests; `prefill` and
 `decode` are the two halves of generation.
 """
@@ -15,37 +15,12 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..errors import DAMAGED, ModelError
-from ..linear import Embedding, Linear, SwiGLU
+from ..linear import Embedding, Linear, RMSNorm, SwiGLU, chunked
 from ..policy import Notes, Plan, Policy, PromptView, Trim, ask, ask_trim
 from .attention import Attention, Observer
 from .batch import Batch, Spans, join, sent
 from .cache import Cache, store_as
 from .kernels import Attend, attend_sdpa
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm, computed in float32 and cast back before the weight."""
-    h = x.float()
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return weight * h.to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def chunked(self, x: Tensor, rows: int | None) -> Tensor:
-        """So many rows at a time, as it needs some times their memory."""
-        return chunked(self, rows, x)
-
-    def add(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """x + h, and its norm."""
-        x = x + h
-        return x, self(x)
 
 
 class MLP(nn.Module):
@@ -121,7 +96,7 @@ class Decoder(nn.Module):
         store = None if room is None else store_as(policy.storage, room)
         # 2 which tokens enter
         if policy.start is not None:
-            x, batch = enter(x, batch, policy.start)
+            x, batch = enter(x, batch, policy.start, bool(self.config.rope_sections))
         # 3 the layers
         caches: list[Cache] = []
         for i, block in enumerate(self.blocks()):
@@ -187,8 +162,10 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan]) -> tuple[Tensor, Batch]:
-    """The rows and the batch of those tokens that start() lets into the model; x may change."""
+def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan],
+          apart: bool) -> tuple[Tensor, Batch]:  # fmt: skip
+    """The rows and the batch of those tokens that start() lets into the model; x may change. Their
+    angles stay where rotary ids are no positions (`apart`): a picture's rows and columns do."""
     some = zip(batch.spans.slices(), batch.notes, strict=True)
     plans = [ask(start, PromptView(x[at], batch.is_visual[at], notes)) for at, notes in some]
     chosen, counted = [plan.stream for plan in plans], []
@@ -199,9 +176,12 @@ def enter(x: Tensor, batch: Batch, start: Callable[[PromptView], Plan]) -> tuple
         # those that are renumbered take the places 0, 1, .. of a prompt's first tokens
         first = None if index is None else torch.arange(len(index), device=x.device)
         counted.append(plan.stream if first is None else first)
-    rows, spans = batch.rows(chosen)
-    entered = batch.take(batch.rows(counted)[0], spans)
-    return x[rows], replace(entered, is_visual=batch.is_visual[rows])
+        notes.ahead += at.stop - at.start - len(index) if apart and index is not None else 0
+    (rows, spans), (places, _) = batch.rows(chosen), batch.rows(counted)
+    entered = replace(batch.take(rows, spans), positions=batch.positions[places])
+    if not apart:
+        entered = replace(entered, cos=batch.cos[places], sin=batch.sin[places])
+    return x[rows], entered
 
 
 def trim(caches: list[Cache], layer: int, notes: list[Notes], decide: Trim) -> None:
@@ -212,19 +192,6 @@ def trim(caches: list[Cache], layer: int, notes: list[Notes], decide: Trim) -> N
     slots = [ask_trim(decide, layer, mine, held, heads) for mine, held in both]
     for i in {i for mine in slots for i in mine}:
         caches[i] = caches[i].trim([mine.get(i) for mine in slots])
-
-
-def chunked(
-    function: Callable[..., Tensor], rows: int | None, x: Tensor, *others: Tensor
-) -> Tensor:
-    """function(x, *others) for a function that treats the rows of x [T, C] alone and keeps their
-    width; of several tensors the last one's memory may hold the result."""
-    if rows is None or len(x) <= rows:
-        return function(x, *others)
-    out = others[-1] if others else torch.empty_like(x)
-    for into, *parts in zip(*(t.split(rows) for t in (out, x, *others)), strict=True):
-        into.copy_(function(*parts))
-    return out
 
 
 def finite(x: Tensor) -> Tensor:

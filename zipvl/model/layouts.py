@@ -9,10 +9,21 @@ Hub files leave out every value that equals a class default, so the defaults sta
 import ast
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import MediaConfig, ModelConfig, Section, TextConfig, VisionConfig, read_json, shown
+from ..config import (
+    LlavaConfig,
+    MediaConfig,
+    ModelConfig,
+    Section,
+    TextConfig,
+    VisionConfig,
+    read_json,
+    shown,
+)
 from ..errors import ModelError
 
 # Decoders, as the classes of transformers 4 fill in what a file leaves out.
@@ -30,6 +41,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": LLAMA | {
         "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
         "max_position_embeddings": 32768,
+    },
+    "qwen3": LLAMA | {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+        "head_dim": 128, "max_position_embeddings": 32768,
     },
 }  # fmt: skip
 
@@ -79,9 +94,26 @@ POOLS = ("average", "max", "bilinear")
 NEWLINES = {"one_token": "one", "no_token": "none", "grid": "grid", "frame": "frame"}
 
 
+@dataclass(frozen=True)
+class Other:
+    """A family that has a file of its own in vision/."""
+
+    family: str
+    read: Callable[[Section, Section], Any]  # its record, of config.json and processor settings
+    decoder: str  # the usual one
+    tokens: tuple[int, int]  # the usual ids of a picture's and a video's tokens
+    markers: dict[str, str] = field(default_factory=dict)  # as ModelConfig says
+    around: tuple[str, str] = ("", "")
+
+
+OTHERS: dict[str, Other] = {}  # by architecture
+
+
 def read_config(folder: Path) -> ModelConfig:
     """Config of the checkpoint in `folder`, either layout. ModelError names the key at fault."""
     file = Section(read_json(folder / "config.json"), str(folder / "config.json"))
+    if (other := OTHERS.get(str(_architecture(file)))) is not None:
+        return _read_other(folder, file, other)
     if any(isinstance(file.get(key), dict) for key in ("text_config", "vision_config")):
         return _read_hf(folder, file)
     if "mm_vision_tower" in file.raw:
@@ -125,28 +157,48 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
     tiles = _max_tiles(file.get("vision_aspect_ratio", "anyres_max_9"))
     canvases = ONEVISION_PINPOINTS if onevision else NEXT_PINPOINTS
     canvases = file.get("image_grid_pinpoints") or canvases
+    media = MediaConfig(
+        **_read_pixels(pre, vision),
+        image="anyres" if not plain else "pad" if pre.flag("do_pad") else "crop",
+        pinpoints=() if plain else _read_pinpoints(file, canvases, vision),
+        merge="flat" if plain else "spatial_unpad",
+        max_tiles=tiles if onevision else None,
+        several="pad" if onevision else "same",
+        pool="bilinear" if onevision else file.choice("spatial_pool_mode", POOLS, "average"),
+        stride=2 if onevision else file.number("spatial_pool_stride", most=100, usual=2),
+        pool_first=family == "llava_next_video",
+        video_newline="one" if onevision else "none",
+    )
+    biased = file.flag("multimodal_projector_bias", True)
     return ModelConfig(
         text=decoder,
-        vision=vision,
-        media=MediaConfig(
-            **_read_pixels(pre, vision),
-            image="anyres" if not plain else "pad" if pre.flag("do_pad") else "crop",
-            pinpoints=() if plain else _read_pinpoints(file, canvases, vision),
-            merge="flat" if plain else "spatial_unpad",
-            max_tiles=tiles if onevision else None,
-            several="pad" if onevision else "same",
-            pool="bilinear" if onevision else file.choice("spatial_pool_mode", POOLS, "average"),
-            stride=2 if onevision else file.number("spatial_pool_stride", most=100, usual=2),
-            pool_first=family == "llava_next_video",
-            video_newline="one" if onevision else "none",
-        ),
+        vision=LlavaConfig(vision, media, "mlp2x_gelu", biased, newline=not plain),
         family=family,
         layout="hf",
-        projector="mlp2x_gelu",
-        projector_bias=file.flag("multimodal_projector_bias", True),
-        newline=not plain,
         image_token=image,
         video_token=video,
+        max_length=_max_length(DECODERS[decoder.kind] | text.raw),
+    )
+
+
+def _read_other(folder: Path, file: Section, other: Other) -> ModelConfig:
+    nested = file.get("text_config") is not None  # else the decoder's keys stand beside the tower's
+    text = file.section("text_config") if nested else file
+    kind = text.get("model_type")
+    decoder = read_text(
+        text,
+        kind if kind in DECODERS else other.decoder,
+        file.flag("tie_word_embeddings") | text.flag("tie_word_embeddings"),
+    )
+    return ModelConfig(
+        text=decoder,
+        vision=other.read(file, _read_preprocessor(folder)),
+        family=other.family,
+        layout="hf",
+        image_token=_media_token(file, "image", other.tokens[0]),
+        video_token=_media_token(file, "video", other.tokens[1]),
+        markers=other.markers,
+        around=other.around,
         max_length=_max_length(DECODERS[decoder.kind] | text.raw),
     )
 
@@ -184,27 +236,25 @@ def _read_original(folder: Path, file: Section) -> ModelConfig:
         pinpoints = tuple((h, w) for w, h in pairs)
     mode = file.get("mm_spatial_pool_mode") or ("bilinear" if siglip else "average")
     family = "llava_onevision" if tiles else "llava_next" if anyres else "llava"
+    media = MediaConfig(
+        **_read_pixels(file.holding({}), vision),
+        image="anyres" if anyres else "pad" if aspect == "pad" else "crop",
+        pinpoints=pinpoints,
+        merge="tiles" if merge == "unires" else merge,
+        max_tiles=tiles,
+        round_unpad=False,
+        several="pad" if tiles else "same",
+        pool=file.one_of(mode, POOLS, "mm_spatial_pool_mode"),
+        stride=file.number("mm_spatial_pool_stride", most=100, usual=2),
+        pool_first=file.get("mm_pooling_position") == "before",
+        video_newline=_video_newline(file, tiles is not None) if newline else "none",
+    )
+    projector = str(file.get("mm_projector_type", "linear"))
     return ModelConfig(
         text=decoder,
-        vision=vision,
-        media=MediaConfig(
-            **_read_pixels(file.holding({}), vision),
-            image="anyres" if anyres else "pad" if aspect == "pad" else "crop",
-            pinpoints=pinpoints,
-            merge="tiles" if merge == "unires" else merge,
-            max_tiles=tiles,
-            round_unpad=False,
-            several="pad" if tiles else "same",
-            pool=file.one_of(mode, POOLS, "mm_spatial_pool_mode"),
-            stride=file.number("mm_spatial_pool_stride", most=100, usual=2),
-            pool_first=file.get("mm_pooling_position") == "before",
-            video_newline=_video_newline(file, tiles is not None) if newline else "none",
-        ),
+        vision=LlavaConfig(vision, media, projector, projector_bias=True, newline=newline),
         family="longva" if merge == "unires" else family,
         layout="original",
-        projector=str(file.get("mm_projector_type", "linear")),
-        projector_bias=True,
-        newline=newline,
         image_token=-200,
         video_token=-200,
         tower=tower.where,
@@ -239,7 +289,9 @@ def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
     c = file.holding(DECODERS[file.one_of(kind, tuple(DECODERS), "decoder")] | file.raw)
     rope = c.section("rope_scaling").raw | c.section("rope_parameters").raw
     scaling = c.one_of(
-        rope.get("rope_type", rope.get("type", "default")), ("default", "linear"), "rope type"
+        rope.get("rope_type", rope.get("type", "default")),
+        ("default", "linear", "mrope"),
+        "rope type",
     )
     c.choice("hidden_act", ("silu",))
     heads, width, own = c.number("num_attention_heads"), c.number("hidden_size"), c.get("head_dim")
@@ -251,7 +303,8 @@ def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
             f"hidden_size {width}, {heads} heads of {head_dim} and {kv_heads} key/value "
             "heads do not divide"
         )
-    windowed = kind == "mistral" or (kind == "qwen2" and c.flag("use_sliding_window"))
+    qwen = kind in ("qwen2", "qwen3")
+    windowed = kind == "mistral" or (qwen and c.flag("use_sliding_window"))
     windowed = windowed and c.get("sliding_window") is not None
     return TextConfig(
         kind=kind,
@@ -265,10 +318,25 @@ def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
         rms_norm_eps=c.positive("rms_norm_eps"),
         rope_theta=c.holding(c.raw | rope).positive("rope_theta"),
         rope_factor=c.holding(rope).positive("factor") if scaling == "linear" else 1.0,
+        rope_sections=_sections(c.holding(rope), head_dim),
         qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
         tied=tied,
         sliding_window=c.number("sliding_window") if windowed else None,
     )
+
+
+def _sections(rope: Section, head_dim: int) -> tuple[int, ...]:
+    """Of M-RoPE, how many pairs of a head are turned by time, row and column."""
+    value = rope.get("mrope_section")
+    if value is None:
+        return ()
+    whole = isinstance(value, list) and len(value) == 3 and all(type(n) is int for n in value)
+    if not whole or min(value) < 0 or sum(value) != head_dim // 2:
+        raise rope.wrong(
+            "mrope_section", value, f"expected three numbers that sum to {head_dim // 2}"
+        )
+    return tuple(value)
 
 
 def read_vision(file: Section, layers: Any, drop_cls: bool, grid: bool = False) -> VisionConfig:

@@ -4,7 +4,7 @@ Each tensor is read once, straight to where it stays. Checkpoints spell the same
 (old and new transformers, transformers 5 without `vision_model.`, the original code, a tower's own
 repository); one small table makes them one:
 
-    vision.*  projector.{0,2}.*  image_newline  text.{embed_tokens,layers.N,norm}.*  lm_head.weight
+    vision.*  text.{embed_tokens,layers.N,norm}.*  lm_head.weight
 """
 
 import hashlib
@@ -20,27 +20,21 @@ from torch import Tensor, nn
 
 from ..config import JSON_BYTES, ModelConfig, check_file, read_bytes, read_json, shown
 from ..errors import ModelError, UsageError
-from .vlm import VLM
+from ..vision.family import Family
+from .vlm import FAMILIES, VLM
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]  # of a hub repository
-SPELLINGS: list[tuple[str, str]] = [  # tried in order: tower names hold `layers.N` too
-    (r"(?:.*\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)", r"vision.\1"),
-    (r"(?:.*\.)?mm_projector\.(weight|bias)", r"projector.0.\1"),
-    (r"(?:.*\.)?mm_projector\.(.+)", r"projector.\1"),
-    (r"(?:.*\.)?multi_modal_projector\.linear_1\.(.+)", r"projector.0.\1"),
-    (r"(?:.*\.)?multi_modal_projector\.linear_2\.(.+)", r"projector.2.\1"),
-    (r"(?:.*\.)?image_newline", r"image_newline"),
+SPELLINGS: list[tuple[str, str]] = [  # behind the family's: tower names hold `layers.N` too
     (r"(?:.*\.)?lm_head\.weight", r"lm_head.weight"),
     (r"(?:.*\.)?(embed_tokens\.weight|layers\.\d+\..+|norm\.weight)", r"text.\1"),
 ]
-TOWER_SPELLINGS = [(r"(?:vision_model\.)?(.+)", r"vision.\1")]
+TOWER_SPELLINGS = [(r"(?:vision_model\.)?(.+)", r"vision.tower.\1")]
 SAMPLE = 1024  # numbers of each tensor in a fingerprint
 HEADER_BYTES, TENSORS = 2**22, 2**16  # of one safetensors file; in a whole checkpoint
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
            torch.float8_e5m2)  # fmt: skip
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]  # label, total
-# Saved by some versions, used by none: old buffers, the tower's last norm and its pooling head.
-UNUSED = r".*(rotary_emb\.inv_freq|embeddings\.position_ids)|vision\.(post_layernorm|head)\..*"
+UNUSED = r".*rotary_emb\.inv_freq"  # saved by some versions, used by none
 
 
 def find_checkpoint(model: str | Path) -> Path:
@@ -121,8 +115,9 @@ def load_weights(
         return rest
 
     with progress("load weights", len(missing)) as step:
-        unexpected = [name for name in fill(folder, SPELLINGS) if not ignorable(name, config)]
-        if config.tower is not None and any(name.startswith("vision.") for name in missing):
+        names = fill(folder, names_of(model.vision))
+        unexpected = [name for name in names if not ignorable(name, model)]
+        if config.tower is not None and any(name.startswith("vision.tower.") for name in missing):
             fill(tower_folder(config.tower, folder), TOWER_SPELLINGS)
     tied = config.text.tied or "lm_head.weight" in missing  # no head in the files means a tied one
     if tied and "text.embed_tokens.weight" not in missing:
@@ -136,7 +131,7 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     """sha256 of a checkpoint's config.json and, of each tensor, of its name, form and some numbers
     from its middle: quick, and different for any two models that were trained apart."""
     found = hashlib.sha256(read_bytes(folder / "config.json", JSON_BYTES))
-    places = [(folder, SPELLINGS)]
+    places = [(folder, names_of(FAMILIES[type(config.vision)]))]
     if config.tower is not None:
         places.append((tower_folder(config.tower, folder), TOWER_SPELLINGS))
     for place, spellings in places:
@@ -148,14 +143,16 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     return found.hexdigest()
 
 
-def ignorable(name: str, config: ModelConfig) -> bool:
+def names_of(family: Family | type[Family]) -> list[tuple[str, str]]:
+    """The spellings of a whole checkpoint."""
+    return family.spellings + SPELLINGS
+
+
+def ignorable(name: str, model: VLM) -> bool:
     """Tensors that a checkpoint may hold and the model does not use."""
-    block = re.match(r"vision\.encoder\.layers\.(\d+)\.", name)
-    if block and int(block[1]) >= max(config.vision.take):
+    if name == "lm_head.weight" and model.config.text.tied:
         return True
-    if name == "lm_head.weight" and config.text.tied:
-        return True
-    return name == "image_newline" or re.fullmatch(UNUSED, name) is not None
+    return re.fullmatch(UNUSED, name) is not None or model.vision.unused(name)
 
 
 def place(model: VLM, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> None:

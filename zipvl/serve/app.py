@@ -167,7 +167,7 @@ def build(a: argparse.Namespace, engine: "Engine") -> "Server":
 
     policy, most = load_policy(a.method), limits(a, engine)
     reuse = pick_reuse(engine, policy, a.reuse)
-    store = Store(a.media_root, most, engine.config, a.frames)
+    store = Store(a.media_root, most, engine.model.vision, a.frames)
     worker = Worker(engine, store, policy, reuse, a.queue, a.cache_bytes)
     name = a.name or Path(a.model or "zipvl-demo").resolve().name
     hosts = {"localhost", "127.0.0.1", "[::1]", a.host, f"[{a.host}]"}

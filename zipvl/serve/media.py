@@ -23,13 +23,14 @@ from threading import Lock
 from typing import Any
 from urllib.parse import unquote
 
-from ..config import ModelConfig
+import numpy as np
+import torch
+
 from ..errors import MediaError, UsageError
-from ..vision.image import plan
-from ..vision.index import check_tables, opened, read_index
-from ..vision.merge import count_tokens_image, count_tokens_video
+from ..vision.family import Family, Media, Placed
+from ..vision.index import check_tables, opened
 from ..vision.source import local_file, opened_image
-from ..vision.video import sample
+from ..vision.video import Reading
 from .request import Ask, Limits, Link, Refusal
 
 DATA = re.compile(r"data:(image|video)/[A-Za-z0-9.+-]{1,64};base64,")
@@ -60,15 +61,16 @@ class Size:
     """What the head of a file says."""
 
     frames: int  # 0 of a picture
-    tokens: int
+    tokens: int  # visual ones
+    placed: Placed
 
 
 class Store:
     """Files of requests. Only fetch() waits for disks; it is called by one thread."""
 
-    def __init__(self, root: str | None, limits: Limits, config: ModelConfig, usual: int):
+    def __init__(self, root: str | None, limits: Limits, family: Family, usual: int):
         """`usual`: frames of a video where nobody says. Raises UsageError for another root."""
-        self.limits, self.config, self.usual = limits, config, usual
+        self.limits, self.family, self.usual = limits, family, usual
         self.root = root and os.path.realpath(root)
         if self.root and not os.path.isdir(self.root):
             raise UsageError(f"--media-root {root} is no folder: name one that is there")
@@ -83,9 +85,9 @@ class Store:
         """Deletes whatever was written."""
         self.folder.cleanup()
 
-    def fetch(self, ask: Ask, check: Callable[[], object]) -> tuple[list[Medium], int]:
-        """The media of a request and their visual tokens; every ceiling of theirs holds. `check()`
-        may end it by raising.
+    def fetch(self, ask: Ask, check: Callable[[], object]) -> tuple[list[Medium], list[Placed]]:
+        """The media of a request and what stands for them in the prompt; every ceiling of theirs
+        holds. `check()` may end it by raising.
 
         Raises Refusal; what was written is gone then.
         """
@@ -95,6 +97,7 @@ class Store:
             raise Refusal(413, f"the data: URLs hold about {encoded * 3 // 4} bytes: "
                           f"at most {self.limits.media} are allowed", where)  # fmt: skip
         media: list[Medium] = []
+        placed: list[Placed] = []
         try:
             frames = tokens = 0
             alone = sum(link.kind == "image" for link in ask.links) == 1
@@ -103,12 +106,13 @@ class Store:
                 media.append(self.find(link, check))
                 size = self.measure(media[-1], ask, alone)
                 frames, tokens = frames + size.frames, tokens + size.tokens
+                placed.append(size.placed)
                 self.hold(frames, self.limits.frames, "video frames", media[-1], ask)
                 self.hold(tokens, self.limits.visual, "visual tokens", media[-1], ask)
         except BaseException:
             self.release(media)
             raise
-        return media, tokens
+        return media, placed
 
     def hold(self, count: int, most: int, what: str, medium: Medium, ask: Ask) -> None:
         if count > most:
@@ -272,16 +276,24 @@ class Store:
         with opened_image(path) as (image, _):
             self.check_pixels(path, image.width, image.height)
             sides = {(image.height, image.width), (image.width, image.height)}  # it may be turned
-        media, vision = self.config.media, self.config.vision
-        counts = [count_tokens_image(plan(h, w, media, alone), media, vision) for h, w in sides]
-        return Size(0, max(counts))
+        plans = [self.family.plan(h, w, alone) for h, w in sides]
+        return self.sized(Media("image", torch.empty(0), max(plans, key=self.family.count), 0))
 
     def film(self, path: str, ask: Ask) -> Size:
         check_tables(local_file(path))
         with opened(path) as (_, stream):
-            self.check_pixels(path, stream.codec_context.width, stream.codec_context.height)
-        frames = len(sample(read_index(path).times, self.rate(ask), ask.fps))
-        return Size(frames, count_tokens_video(frames, self.config.media, self.config.vision))
+            high, wide = stream.codec_context.height, stream.codec_context.width
+            self.check_pixels(path, wide, high)
+        reading = Reading(path, self.rate(ask), ask.fps)
+        plans = [self.family.plan(*side, frames=len(reading.targets))
+                 for side in {(high, wide), (wide, high)}]  # fmt: skip
+        most = max(plans, key=self.family.count)
+        return self.sized(Media("video", torch.empty(0), most, 0, reading.clip(np.empty(0))))
+
+    def sized(self, medium: Media) -> Size:
+        """Of a medium whose pixels nobody has read."""
+        medium.tokens = self.family.count(medium.geometry)
+        return Size(medium.geometry.frames, medium.tokens, self.family.place(medium))
 
     def check_pixels(self, path: str, width: int, height: int) -> None:
         if width * height > self.limits.pixels:

@@ -188,7 +188,7 @@ class Service:
         """What is asked, with its media as files; in the thread of the desk. Raises Refusal."""
         job.check()
         ask = parse(body, self.store.limits, self.name)
-        job.media, job.visual = self.store.fetch(ask, job.check)
+        job.media, job.placed = self.store.fetch(ask, job.check)
         job.ask = replace(ask, links=[])  # their bytes have gone to disk
 
     def submit(self, job: Job) -> None:

@@ -25,6 +25,7 @@ from ..engine.stats import Stats
 from ..errors import MediaError, UsageError, ZipvlError
 from ..policy import Policy
 from ..report import fault, say
+from ..vision.family import Placed
 from .media import Medium, Store, plainly
 from .request import Ask, Refusal
 
@@ -52,7 +53,7 @@ class Job:
         self.ended: Reason | None = None  # why it need not go on
         self.ask: Ask
         self.media: list[Medium] = []
-        self.visual = 0  # tokens of these
+        self.placed: list[Placed] = []  # what stands for these in the prompt
         self.names: dict[str, str] = {}  # the server's for them -> the client's
 
     def emit(self, event: Event) -> None:
@@ -212,8 +213,9 @@ class Worker(threading.Thread):
         ask, most = job.ask, self.store.limits.context
         images = sum(medium.kind == "image" for medium in job.media)
         placed = place_media(conversation(ask.messages, None), images, len(job.media) - images)
-        runs = self.engine.chat.tokenize(placed)
-        prompt = job.visual + sum(len(run) for run in runs if isinstance(run, list))
+        runs = self.engine.chat.tokenize(placed, job.placed)
+        visual = sum(part for one in job.placed for part in one if isinstance(part, int))
+        prompt = visual + sum(len(run) for run in runs if isinstance(run, list))
         if prompt + ask.max_new_tokens > most:
             raise Refusal(
                 400, f"the prompt has {prompt} tokens, the answer may have {ask.max_new_tokens}: "

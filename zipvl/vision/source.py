@@ -115,6 +115,51 @@ def opened_image(source: "str | os.PathLike | Image.Image") -> "Iterator[tuple[I
         ) from None
 
 
+def open_image(source: "str | os.PathLike | Image.Image") -> "Image.Image":
+    """RGB picture, first frame, turned as its EXIF says, 16-bit shades scaled, on white where it is
+    transparent.
+
+    Raises MediaError for whatever is no readable picture: missing, a folder, text, cut short,
+    empty, of another format than FORMATS, of more than MAX_PIXELS, of shades without a known white.
+    """
+    from PIL import ImageOps
+
+    with opened_image(source) as (image, name):
+        image.load()
+        check_size(image, name)  # some formats learn it only now
+        deep = image.mode.startswith("I;16") or (
+            image.mode == "I" and image.format in ("PNG", "PPM")
+        )
+        if image is source:
+            image = ImageOps.exif_transpose(image)
+        else:  # ours: no copy
+            ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image, deep, name)
+
+
+def _rgb(image: "Image.Image", deep: bool, name: str) -> "Image.Image":
+    import numpy as np
+    from PIL import Image
+
+    if deep:  # convert() would clip nearly all of it to white
+        grey = np.asarray(image)
+        shades = (grey >> 8).astype(np.uint8)
+        shades[grey == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(shades).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise MediaError(
+            f"{name} has 32-bit shades, and which of them is white is not known: save it with 8 or "
+            "16 bits"
+        )
+    if image.mode not in ("RGBA", "LA"):
+        if image.mode not in ("PA", "RGBa", "La") and "transparency" not in image.info:
+            return image if image.mode == "RGB" else image.convert("RGB")
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    ground = Image.new("RGB", image.size, "white")
+    ground.paste(image, mask=image)  # no copy on the way: pictures may fill half a gigabyte
+    return ground
+
+
 def check_size(image: "Image.Image", name: str) -> None:
     """MediaError where a picture is empty or larger than MAX_SIDE or MAX_PIXELS."""
     (w, h), size = image.size, f"{name} is {image.width} x {image.height} pixels"
