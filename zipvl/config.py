@@ -1,6 +1,6 @@
 """What a model is, as frozen records, and how a JSON file is read: every bad value is one sentence.
 
-model/layouts.py fills the records from the two kinds of checkpoints.
+model/layouts.py fills the records from the kinds of checkpoints.
 """
 
 import json
@@ -13,6 +13,29 @@ from typing import Any
 from .errors import ModelError
 
 JSON_BYTES = 2**24  # of a JSON file; the largest known index has half of it
+
+
+# Decoders, as the classes of transformers 4 fill in what a file leaves out.
+LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "mistral": LLAMA | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": LLAMA | {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": LLAMA | {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+        "head_dim": 128, "max_position_embeddings": 32768,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,6 +203,61 @@ class Section:
 
     def fault(self, text: str) -> ModelError:
         return ModelError(f"{self.where}: {text}")
+
+
+def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
+    """Decoder config from HF keys, written by transformers 4 or 5."""
+    c = file.holding(DECODERS[file.one_of(kind, tuple(DECODERS), "decoder")] | file.raw)
+    rope = c.section("rope_scaling").raw | c.section("rope_parameters").raw
+    scaling = c.one_of(
+        rope.get("rope_type", rope.get("type", "default")),
+        ("default", "linear", "mrope"),
+        "rope type",
+    )
+    c.choice("hidden_act", ("silu",))
+    heads, width, own = c.number("num_attention_heads"), c.number("hidden_size"), c.get("head_dim")
+    shared = {"num_key_value_heads": c.get("num_key_value_heads") or heads}
+    c = c.holding(c.raw | shared | {"head_dim": own or width // heads})
+    kv_heads, head_dim = c.number("num_key_value_heads"), c.number("head_dim")
+    if (width % heads and not own) or heads % kv_heads or head_dim % 2:
+        raise c.fault(
+            f"hidden_size {width}, {heads} heads of {head_dim} and {kv_heads} key/value "
+            "heads do not divide"
+        )
+    qwen = kind in ("qwen2", "qwen3")
+    windowed = kind == "mistral" or (qwen and c.flag("use_sliding_window"))
+    windowed = windowed and c.get("sliding_window") is not None
+    return TextConfig(
+        kind=kind,
+        vocab_size=c.number("vocab_size"),
+        hidden_size=width,
+        intermediate_size=c.number("intermediate_size"),
+        num_layers=c.number("num_hidden_layers", most=1000),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=c.positive("rms_norm_eps"),
+        rope_theta=c.holding(c.raw | rope).positive("rope_theta"),
+        rope_factor=c.holding(rope).positive("factor") if scaling == "linear" else 1.0,
+        rope_sections=_sections(c.holding(rope), head_dim),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        tied=tied,
+        sliding_window=c.number("sliding_window") if windowed else None,
+    )
+
+
+def _sections(rope: Section, head_dim: int) -> tuple[int, ...]:
+    """Of M-RoPE, how many pairs of a head are turned by time, row and column."""
+    value = rope.get("mrope_section")
+    if value is None:
+        return ()
+    whole = isinstance(value, list) and len(value) == 3 and all(type(n) is int for n in value)
+    if not whole or min(value) < 0 or sum(value) != head_dim // 2:
+        raise rope.wrong(
+            "mrope_section", value, f"expected three numbers that sum to {head_dim // 2}"
+        )
+    return tuple(value)
 
 
 def shown(value: Any) -> str:

@@ -15,40 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from ..config import (
+    DECODERS,
     LlavaConfig,
     MediaConfig,
     ModelConfig,
     Section,
-    TextConfig,
     VisionConfig,
     read_json,
+    read_text,
     shown,
 )
 from ..errors import ModelError
 
-# Decoders, as the classes of transformers 4 fill in what a file leaves out.
-LLAMA = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-}  # fmt: skip
-DECODERS: dict[str, dict[str, Any]] = {
-    "llama": LLAMA,
-    "mistral": LLAMA | {
-        "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "qwen2": LLAMA | {
-        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": LLAMA | {
-        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-        "head_dim": 128, "max_position_embeddings": 32768,
-    },
-}  # fmt: skip
-
-# Towers: the same, and the public ones that checkpoints name.
+# Towers, as the classes of transformers 4 fill them in, and the public ones that checkpoints name.
 CLIP = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224,
     "num_attention_heads": 12, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
@@ -282,61 +261,6 @@ def _video_newline(file: Section, onevision: bool) -> str:
     """mm_newline_position where it is written; else what each family's own demo sets."""
     value = file.get("mm_newline_position") or ("one_token" if onevision else "no_token")
     return NEWLINES[file.one_of(value, tuple(NEWLINES), "mm_newline_position")]
-
-
-def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
-    """Decoder config from HF keys, written by transformers 4 or 5."""
-    c = file.holding(DECODERS[file.one_of(kind, tuple(DECODERS), "decoder")] | file.raw)
-    rope = c.section("rope_scaling").raw | c.section("rope_parameters").raw
-    scaling = c.one_of(
-        rope.get("rope_type", rope.get("type", "default")),
-        ("default", "linear", "mrope"),
-        "rope type",
-    )
-    c.choice("hidden_act", ("silu",))
-    heads, width, own = c.number("num_attention_heads"), c.number("hidden_size"), c.get("head_dim")
-    shared = {"num_key_value_heads": c.get("num_key_value_heads") or heads}
-    c = c.holding(c.raw | shared | {"head_dim": own or width // heads})
-    kv_heads, head_dim = c.number("num_key_value_heads"), c.number("head_dim")
-    if (width % heads and not own) or heads % kv_heads or head_dim % 2:
-        raise c.fault(
-            f"hidden_size {width}, {heads} heads of {head_dim} and {kv_heads} key/value "
-            "heads do not divide"
-        )
-    qwen = kind in ("qwen2", "qwen3")
-    windowed = kind == "mistral" or (qwen and c.flag("use_sliding_window"))
-    windowed = windowed and c.get("sliding_window") is not None
-    return TextConfig(
-        kind=kind,
-        vocab_size=c.number("vocab_size"),
-        hidden_size=width,
-        intermediate_size=c.number("intermediate_size"),
-        num_layers=c.number("num_hidden_layers", most=1000),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=c.positive("rms_norm_eps"),
-        rope_theta=c.holding(c.raw | rope).positive("rope_theta"),
-        rope_factor=c.holding(rope).positive("factor") if scaling == "linear" else 1.0,
-        rope_sections=_sections(c.holding(rope), head_dim),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        tied=tied,
-        sliding_window=c.number("sliding_window") if windowed else None,
-    )
-
-
-def _sections(rope: Section, head_dim: int) -> tuple[int, ...]:
-    """Of M-RoPE, how many pairs of a head are turned by time, row and column."""
-    value = rope.get("mrope_section")
-    if value is None:
-        return ()
-    whole = isinstance(value, list) and len(value) == 3 and all(type(n) is int for n in value)
-    if not whole or min(value) < 0 or sum(value) != head_dim // 2:
-        raise rope.wrong(
-            "mrope_section", value, f"expected three numbers that sum to {head_dim // 2}"
-        )
-    return tuple(value)
 
 
 def read_vision(file: Section, layers: Any, drop_cls: bool, grid: bool = False) -> VisionConfig:
