@@ -20,7 +20,7 @@ from lab.eval.tasks import task_items
 from zipvl.engine.load import DEMO
 from zipvl.errors import MediaError, UsageError
 from zipvl.lmms import __main__ as launcher
-from zipvl.lmms.request import Medium, ended, frame_rule, method_text, read
+from zipvl.lmms.request import Medium, ended, frame_count, frame_rule, method_text, read
 from zipvl.vision.video import Reading
 
 ROOT = Path(__file__).parent.parent
@@ -85,12 +85,11 @@ def test_markers_in_the_text_place_the_media() -> None:
 
 
 def test_the_frame_rule() -> None:
-    assert frame_rule(None, None, None) == (32, "32 frames, evenly spread")
-    assert (
-        frame_rule(None, 64, None) == frame_rule(64, 64, None) == (64, "64 frames, evenly spread")
-    )
-    assert frame_rule(None, None, 0.5) == (None, "0.5 frames a second")
-    assert frame_rule(128, None, 1) == (128, "1 frame a second, at most 128")
+    assert frame_rule(None, None, 32) == (32, "32 frames, evenly spread")
+    assert frame_count(None, 64, None) == frame_count(64, 64, None) == 64
+    assert frame_rule(64, None, 32) == (64, "64 frames, evenly spread")
+    assert frame_rule(None, 0.5, 32) == (None, "0.5 frames a second")
+    assert frame_rule(128, 1, 32) == (128, "1 frame a second, at most 128")
     for wrong in (
         (16, 32, None),
         ("all", None, None),
@@ -99,7 +98,7 @@ def test_the_frame_rule() -> None:
         (None, None, 0),
     ):
         with pytest.raises(UsageError, match=r"frames|fps"):
-            frame_rule(*wrong)
+            frame_count(*wrong)
 
 
 @pytest.mark.parametrize(

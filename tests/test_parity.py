@@ -22,6 +22,7 @@ import zipvl
 from zipvl.config import TextConfig
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
+from zipvl.errors import ModelError
 from zipvl.model.batch import rope_table
 from zipvl.model.decoder import Decoder
 from zipvl.policy import Policy
@@ -223,6 +224,29 @@ def test_chunks_change_nothing(oracle: Callable) -> None:
         for medium in inputs.media:
             medium.features = engine.model.vision.encode(medium.crops, medium.geometry, batch=2)
     close(engine.logits(inputs), whole, 1e-5)
+
+
+def test_llava_video_says_when_its_frames_are(tmp_path: Path) -> None:
+    """The golden prompt of its page: 64 frames, their times, then the question."""
+    told = {"add_time_instruction": True}
+    parts = tiny_original.build_original("original_video", tmp_path / "model", extra=told)
+    engine = zipvl.load(tmp_path / "model", device="cpu", dtype="float32")
+    video = ask("original_video", Case("", frames=5)).video
+    sentence = (
+        "The video lasts for 5.00 seconds, and 3 frames are uniformly sampled from it. These frames "
+        "are located at 0.00s,2.00s,4.00s.Please answer the following questions related to this "
+        "video."
+    )
+    said = CHATML.format(f"<image>\n{sentence}\nWhat happens?")
+    inputs = engine.prepare("What happens?", video=video, frames=3)
+    oracle, seen = OriginalOracle(tmp_path / "model", parts), video[::2]
+    before, behind = (oracle.tokenizer.encode(text).ids for text in said.split("<image>"))
+    assert inputs.input_ids.tolist() == before + [-200] * (3 * 3 * 4) + behind
+    close(engine.logits(inputs), oracle.logits(said.replace("<image>", "<video>"), (), seen), 1e-4)
+    assert len(engine.prepare("What?", video=np.repeat(video, 20, 0)).media[0].clip.times) == 64
+    tiny_original.build_original("original_video", tmp_path / "b", extra=dict.fromkeys(told, 3))
+    with pytest.raises(ModelError, match="add_time_instruction is 3, expected true or false"):
+        zipvl.load(tmp_path / "b", device="cpu")
 
 
 @pytest.mark.parametrize("change", ["layers", "full", "pad"])

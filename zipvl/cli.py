@@ -63,7 +63,7 @@ OPTIONS: Options = {
         ("--template NAME", str, "prompt template: a built-in name or a .jinja file"),
     ],
     "frames of a video": [
-        ("-n --frames FRAMES", int, "how many, uniformly spread (default 32)"),
+        ("-n --frames FRAMES", int, "how many, uniformly spread (mostly 32)"),
         ("--fps FPS", float, "frames a second instead; at most --frames if given"),
         ("--start TIME", seconds, "from here: seconds, mm:ss or hh:mm:ss"),
         ("--end TIME", seconds, "up to here"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .engine.engine import Engine
 from .engine.inputs import Inputs
-from .engine.run import FRAMES, Result
+from .engine.run import Result
 from .policy import Policy
 from .report import Trial, agreement, as_json, fault, say, summary
 from .vision.video import Reading
@@ -121,7 +121,7 @@ def report(a: Namespace, engine: Engine, policies: list[Policy], prompt: str, in
     """Writes the page; videos too long to be held as pixels are read again for it."""
     from .page import content, write_page
 
-    frames = a.frames or (FRAMES if a.fps is None else None)
+    frames = a.frames or (engine.model.vision.frames if a.fps is None else None)
     videos = [
         None if len(m.crops) else Reading(v, frames, a.fps, a.start, a.end, reader=a.reader)
         for v, m in zip(a.video, (m for m in inputs.media if m.clip), strict=True)

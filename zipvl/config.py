@@ -111,6 +111,8 @@ class MediaConfig:
     stride: int = 2
     pool_first: bool = False  # pool before the projector (HF NeXT-Video) instead of after it
     video_newline: str = "none"  # none | one (at the end) | frame | grid (every row)
+    frames: int = 32  # of a video, where nobody says how many
+    told: bool = False  # the prompt says how long a video is and when its frames are (LLaVA-Video)
 
 
 @dataclass(frozen=True)

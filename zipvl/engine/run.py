@@ -53,7 +53,6 @@ from .stats import (
 )
 
 ROOM = 256  # places for new tokens in a cache: at first, and again whenever they are full
-FRAMES = 32  # of a video, where nobody says how many
 LOGIT_ROWS = 128  # rows of logits at a time
 CHUNK = {"cuda": 8192, "cpu": 1024}  # rows of projections, MLP and norms at a time
 
@@ -136,16 +135,16 @@ class Runtime:
         `<video>` in it place the media, else they come first. `video` is a path, uint8
         [F, H, W, 3], or a list of these.
         Media of an earlier Inputs are taken as they are, features included.
-        `frames` uniformly spread, or at most so many at `fps`; None: all, "auto": 32, and all at
-        `fps`; between seconds `start` and `end`; by the `reader` pyav, or by decord, which is for
-        plain MP4 and Matroska files only.
+        `frames` uniformly spread, or at most so many at `fps`; None: all, "auto": what the family
+        takes, and all at `fps`; between seconds `start` and `end`; by the `reader` pyav, or by
+        decord, which is for plain MP4 and Matroska files only.
         Raises MediaError, UsageError, ModelError.
         """
         images, videos = as_list(images), as_list(video)
         messages = place_media(conversation(prompt, system), len(images), len(videos))
         runs = self.chat.tokenize(messages)  # what is wrong with the words is told at once
         if frames == "auto":
-            frames = FRAMES if fps is None else None
+            frames = self.model.vision.frames if fps is None else None
         began = time.perf_counter()
         with memory_errors(self.model.device, "reading media", "use fewer --frames"):
             pictures = [read_image(i, self.model.vision, alone=len(images) == 1) for i in images]

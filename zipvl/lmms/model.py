@@ -19,7 +19,7 @@ from ..engine.run import Result
 from ..errors import UsageError
 from ..policies import load_policy
 from ..report import say
-from .request import Ask, Medium, ended, frame_rule, method_text, read
+from .request import Ask, Medium, ended, frame_count, frame_rule, method_text, read
 
 OPTIONS = "pretrained, method, frames, fps, dtype, device, attn, template, kernels, weights"
 METRICS = {  # of a Result, the mean over a run; seconds are those of the batch it was in
@@ -64,13 +64,14 @@ class ZipvlModel(lmms):
             raise UsageError("zipvl runs in one process: start lmms-eval without accelerate launch")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UsageError(f"--batch_size is {batch_size!r}: give a whole number above 0")
-        self.frames, rule = frame_rule(frames, max_frames_num, fps)
+        count = frame_count(frames, max_frames_num, fps)
         self.fps, self.batch_size = fps, int(batch_size)
         self.policy = load_policy(method_text(str(method)))
         self.engine = load(
             None if pretrained == "demo" else pretrained, device, dtype, attn, template, False,
             weights, kernels,
         )  # fmt: skip
+        self.frames, rule = frame_rule(count, fps, self.engine.model.vision.frames)
         self.device = self.engine.model.device
         self.seen: dict[tuple[Any, ...], Media] = {}  # videos of the last batch, read and encoded
         self.warned: set[str] = set()

@@ -6,7 +6,6 @@ from numbers import Real
 from typing import Any
 
 from ..engine.inputs import Message
-from ..engine.run import FRAMES
 from ..engine.sampler import Sampling
 from ..errors import UsageError
 from ..vision.video import sample
@@ -98,9 +97,8 @@ def ended(text: str, until: tuple[str, ...]) -> str:
     return text[: min((at for end in until if (at := text.find(end)) >= 0), default=len(text))]
 
 
-def frame_rule(frames: int | None, most: int | None, fps: float | None) -> tuple[int | None, str]:
-    """Frames of a video (None: all at `fps`), and the rule in words; `most` is another name of
-    `frames`. Raises UsageError."""
+def frame_count(frames: int | None, most: int | None, fps: float | None) -> int | None:
+    """`frames` of a video or `most`, which is another name of it. Raises UsageError."""
     for name, value in (("frames", frames), ("max_frames_num", most), ("fps", fps)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise UsageError(f"model_args: {name} is {value!r}: give a number")
@@ -108,8 +106,13 @@ def frame_rule(frames: int | None, most: int | None, fps: float | None) -> tuple
         raise UsageError(f"model_args: frames is {frames}, max_frames_num {most}: give one of them")
     count = most if frames is None else frames
     sample([0.0], count, fps)  # which knows what makes sense
+    return count
+
+
+def frame_rule(count: int | None, fps: float | None, usual: int) -> tuple[int | None, str]:
+    """Frames of a video (None: all at `fps`), and the rule in words."""
     if fps is None:
-        return count or FRAMES, f"{count or FRAMES} frames, evenly spread"
+        return count or usual, f"{count or usual} frames, evenly spread"
     rate = f"{fps:g} frame{'' if fps == 1 else 's'} a second"
     return count, rate + (f", at most {count}" if count else "")
 

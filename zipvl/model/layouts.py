@@ -10,7 +10,7 @@ import ast
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,8 @@ def _read_original(folder: Path, file: Section) -> ModelConfig:
         pool_first=file.get("mm_pooling_position") == "before",
         video_newline=_video_newline(file, tiles is not None) if newline else "none",
     )
+    if media.video_newline == "grid":  # LLaVA-Video
+        media = replace(media, frames=64, told=file.flag("add_time_instruction"))
     projector = str(file.get("mm_projector_type", "linear"))
     return ModelConfig(
         text=decoder,

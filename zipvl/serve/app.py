@@ -38,7 +38,7 @@ ROWS: Options = {
         ("--method NAME", "zipvl", "which tokens to keep, as generate.py takes it (zipvl)"),
         ("--reuse KIND", str, "of media: general (default), media or none, docs/serve.md"),
         ("--template NAME", str, "prompt template: a built-in name or a .jinja file"),
-        ("--frames N", 32, "of a video, where a request does not say (default 32)"),
+        ("--frames N", int, "of a video, where a request does not say (mostly 32)"),
     ],
     "who may ask": [
         ("--host HOST", "127.0.0.1", "address to listen on (default 127.0.0.1)"),
@@ -89,7 +89,7 @@ def check(a: argparse.Namespace) -> None:
             raise UsageError(f"{flag} is {value}: give {least} or more")
     if a.port > 65535:
         raise UsageError(f"--port is {a.port}: give at most 65535")
-    if a.frames > a.max_frames:
+    if a.frames and a.frames > a.max_frames:
         raise UsageError(f"--frames is {a.frames}, more than the {a.max_frames} of --max-frames")
     if a.reuse not in (None, *REUSE):
         raise UsageError(f"--reuse is {a.reuse!r}: give one of {', '.join(REUSE)}")
@@ -167,7 +167,8 @@ def build(a: argparse.Namespace, engine: "Engine") -> "Server":
 
     policy, most = load_policy(a.method), limits(a, engine)
     reuse = pick_reuse(engine, policy, a.reuse)
-    store = Store(a.media_root, most, engine.model.vision, a.frames)
+    frames = a.frames or min(engine.model.vision.frames, most.frames)
+    store = Store(a.media_root, most, engine.model.vision, frames)
     worker = Worker(engine, store, policy, reuse, a.queue, a.cache_bytes)
     name = a.name or Path(a.model or "zipvl-demo").resolve().name
     hosts = {"localhost", "127.0.0.1", "[::1]", a.host, f"[{a.host}]"}

@@ -62,6 +62,7 @@ class Family(nn.Module):
 
     spellings: ClassVar[list[tuple[str, str]]]  # of its tensors in files (model/weights.py)
     cuts: Any  # equal for two models that cut and count alike
+    frames = 32  # of a video, where nobody says how many
 
     def plan(self, height: int, width: int, alone: bool = True, frames: int = 0) -> Geometry:
         """How a picture of this size is cut, `alone` in its prompt or not, or a video of so many

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..config import LlavaConfig, MediaConfig
 from ..errors import ModelError
 from .encoder import VisionTower, projector
-from .family import Family, Geometry, normalise
+from .family import Family, Geometry, Media, Placed, normalise
 
 BICUBIC = Image.Resampling.BICUBIC
 UNUSED = r".*embeddings\.position_ids|vision\.(tower\.(post_layernorm|head)\..*|newline)"
@@ -47,15 +47,12 @@ class Llava(Family):
         """`width`: the decoder's."""
         super().__init__()
         self.config, self.media, tower = config, config.media, config.tower
+        self.frames = self.media.frames
+        self.cuts = (replace(self.media, mean=(), std=()), tower.grid, tower.tokens)
         self.tower = VisionTower(tower)
         channels = tower.hidden_size * len(tower.take)
         self.projector = projector(config.projector, channels, width, config.projector_bias)
         self.newline = nn.Parameter(torch.zeros(width)) if config.newline else None
-
-    @property
-    def cuts(self) -> object:
-        media, tower = self.media, self.config.tower
-        return replace(media, mean=(), std=()), tower.grid, tower.tokens
 
     def unused(self, name: str) -> bool:
         """Old buffers, the tower's last norm and pooling head; blocks behind the last one used."""
@@ -95,6 +92,19 @@ class Llava(Family):
         if geometry.frames:
             return merge_video(x, self.media, newline)
         return merge_image(x, geometry, self.media, self.config.tower.grid, newline)
+
+    def place(self, medium: Media) -> Placed:
+        """LLaVA-Video puts when the frames are behind a video (LLaVA-NeXT: LLaVA_Video_1003.md)."""
+        clip = medium.clip
+        if clip is None or not self.media.told:
+            return [medium.tokens]
+        at = ",".join(f"{time:.2f}s" for time in clip.times)
+        return [
+            medium.tokens,
+            f"\nThe video lasts for {clip.duration:.2f} seconds, and {len(clip.times)} frames are "
+            f"uniformly sampled from it. These frames are located at {at}.Please answer the "
+            "following questions related to this video.",
+        ]
 
     def grid(self, geometry: Geometry) -> tuple[int, int]:
         return self.config.tower.grid, self.config.tower.grid
