@@ -1,15 +1,26 @@
 """Names in the documentation exist, and the steps of docs/add_a_method.md are what they say."""
 
 import ast
+import json
 import re
+import shutil
 from contextlib import nullcontext
 from dataclasses import fields
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from zipvl import Plan, StepView, UsageError, View
+import zipvl
+from zipvl import ModelError, Plan, StepView, UsageError, View
+from zipvl.config import read_json
+from zipvl.engine.load import DEMO
+from zipvl.model import layouts, vlm, weights
 from zipvl.testing import check_policy
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +48,7 @@ def test_every_part_of_the_interface_is_on_the_page() -> None:
 
 
 def test_every_name_in_the_paper_map_exists() -> None:
-    for page in ("paper_map.md", "add_a_method.md"):
+    for page in ("paper_map.md", "add_a_method.md", "add_a_model.md"):
         anchors = ANCHOR.findall((ROOT / "docs" / page).read_text())
         for path, name in anchors:
             assert name in names(ast.parse((ROOT / path).read_text())), f"{page}: {path}:{name}"
@@ -89,3 +100,47 @@ def test_the_diffs_of_add_a_method_lead_to_the_examples() -> None:
     for name in ("keynorm", "tova"):
         example = (ROOT / f"examples/{name}.py").read_text()
         assert example.split('"""', 2)[2].strip() in versions, name
+
+
+def test_the_family_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/add_a_model.md: a checkpoint of its family loads, sees, and answers like its decoder."""
+    source, lines = (text for kind, text in blocks("add_a_model.md") if kind == "python")
+    (tmp_path / "plain.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(layouts, "OTHERS", dict(layouts.OTHERS))
+    monkeypatch.setattr(vlm, "FAMILIES", dict(vlm.FAMILIES))
+    monkeypatch.setattr(weights, "FAMILIES", vlm.FAMILIES)
+    exec(lines, vars(import_module("plain")) | vars(layouts) | vars(vlm))
+    # the demo's decoder, and a layer for pictures of 4 x 4 patches
+    folder, raw = tmp_path / "model", read_json(DEMO / "model" / "config.json")
+    shutil.copytree(DEMO / "model", folder)
+    plain = {"vision_config": {"image_size": 56, "patch_size": 14}}
+    kind = {"architectures": ["PlainForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(raw | plain | kind))
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: t for k, t in tensors.items() if k.startswith("language_model.")}
+    width = raw["text_config"]["hidden_size"]
+    embed = torch.nn.Linear(3 * 14 * 14, width)
+    tensors |= {f"model.patch_embed.{k}": t for k, t in embed.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+
+    engine = zipvl.load(folder, device="cpu", dtype="float32")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
+    inputs = engine.prepare("What?", images=[Image.fromarray(pixels[0])], video=pixels, frames=3)
+    assert [m.tokens for m in inputs.media] == [16, 48]
+    [picture, film] = engine.encode(inputs)
+    patch = torch.from_numpy(pixels[1, 14:28, 28:42]).permute(2, 0, 1).flatten() / 127.5 - 1
+    torch.testing.assert_close(film[16 + 6], embed(patch).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(picture, film[:16])
+    assert engine.model.vision.numbers(inputs.media[1].geometry).tolist() == [
+        number for number in range(3) for _ in range(16)
+    ]
+    answer = engine.generate(inputs, method="zipvl", max_new_tokens=4, ignore_eos=True)
+    assert len(answer.tokens) == 4
+    (folder / "config.json").write_text(
+        json.dumps(raw | kind | {"vision_config": {"image_size": 57, "patch_size": 14}})
+    )
+    with pytest.raises(
+        ModelError, match=r"config.json: image_size 57 is no multiple of patch_size"
+    ):
+        zipvl.load(folder, device="cpu")

@@ -23,6 +23,7 @@ STANDS_FOR = {  # part of a hub id -> tiny checkpoint
     "LLaVA-NeXT-Video": "llava_next_video",
     "llava-onevision-qwen2-0.5b": "llava_onevision_tied",
     "llava-onevision-qwen2-7b": "llava_onevision",
+    "LLaVA-Video": "original_video",
     "LongVA": "original_longva",
 }
 COMMAND = re.compile(r"python generate\.py [^\n`|]*")
