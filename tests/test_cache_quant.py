@@ -23,8 +23,9 @@ from zipvl.policies.zipvl import ZipVLQuant
 from zipvl.policy import Plan, StepView, View
 from zipvl.testing.toy import Toy
 
-FAMILIES = ["llava", "llava_next", "llava_next_mistral", "llava_next_video", "llava_onevision",
-            "llava_onevision_tied"]  # fmt: skip
+FAMILIES = ["llava", "llava_next_mistral", "llava_onevision", *(
+    pytest.param(kind, marks=pytest.mark.slow)
+    for kind in ("llava_next", "llava_next_video", "llava_onevision_tied"))]  # fmt: skip
 ONE = Spans([1], "cpu")
 QUANTISING = ["zipvl-quant", "zipvl:kv_bits=4", "fixed:ratio=0.5,kv_bits=4/2", "zipcache",
               "kivi:group=4,residual=8"]  # fmt: skip

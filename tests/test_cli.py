@@ -929,9 +929,10 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [
-        "zipvl", "argparse", "zipvl.report", "zipvl.vision.video", "numpy", "numpy.random", "torch",
-        *(pytest.param(m, marks=SLOW) for m in ("torch.nn", "torch.linalg", "zipvl.model.cache",
-                                               "tokenizers", "av", "av.error", "zipvl.engine.load")),
+        "zipvl", "zipvl.vision.video", "numpy", "torch",
+        *(pytest.param(m, marks=SLOW) for m in ("argparse", "zipvl.report", "numpy.random", "torch.nn",
+                                               "torch.linalg", "zipvl.model.cache", "tokenizers", "av",
+                                               "av.error", "zipvl.engine.load")),
     ],
 )  # fmt: skip
 def test_ctrl_c_while_importing(module: str) -> None:

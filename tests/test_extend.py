@@ -41,7 +41,17 @@ def one_by_one(toy: Toy, policy: Policy, caches: list[Cache], notes: list[Notes]
     return torch.cat(hidden) if hidden else torch.empty(0, toy.head.shape[1])
 
 
-@pytest.mark.parametrize("method", [*METHODS, *METHODS_TOO])
+# of those that differ in the prefill alone, some; extending knows no difference
+OFTEN = ("dense", "zipvl", "zipvl-stream", "zipvl-quant", "hired", "fastv", "sgl", "h2o", "snapkv",
+         "think", "tidal", "scope", "keyformer", "streaming", "kivi", "zipcache", "lookm",
+         "elastic")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS_TOO,
+     *(m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in METHODS)],
+)  # fmt: skip
 @torch.inference_mode()
 def test_extend_is_decoding_one_after_the_other(method: str) -> None:
     """A ragged batch, in two calls, one of which leaves a sequence out."""

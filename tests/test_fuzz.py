@@ -42,8 +42,8 @@ def fuzz(count: int) -> None:
         assert int(refused) > 0, kind
 
 
-def test_two_hundred_cases() -> None:
-    fuzz(200)
+def test_some_cases() -> None:
+    fuzz(120)
 
 
 @pytest.mark.slow

@@ -551,9 +551,10 @@ def test_random_layers_differ_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["llava", "llava_next", "llava_next_mistral", "llava_next_video", "llava_onevision",
-     "llava_onevision_tied", "original_15", "original_16", "original_16_mistral",
-     "original_onevision", "original_video", "original_longva"],
+    ["llava", "llava_next_mistral", "llava_onevision", "original_16", "original_longva",
+     *(pytest.param(kind, marks=pytest.mark.slow) for kind in (
+        "llava_next", "llava_next_video", "llava_onevision_tied", "original_15",
+        "original_16_mistral", "original_onevision", "original_video"))],
 )  # fmt: skip
 def test_tau_one_is_dense_bit_for_bit(oracle: Callable, kind: str) -> None:
     from PIL import Image
