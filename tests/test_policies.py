@@ -105,7 +105,7 @@ class Remembers(Policy):
 
     def plan(self, view: View) -> Plan:
         self.calls += 1
-        return Plan(attend=torch.arange(max(0, view.length - self.calls - 2), view.length))
+        return Plan(attend=torch.arange(max(0, view.length - 3 * self.calls), view.length))
 
 
 class Random(Policy):

@@ -32,8 +32,8 @@ def check_policy(
     method keeps all tokens everywhere; with them it must equal dense (None: not checked). A
     quantising method is held to exact arithmetic over what its cache holds, and to hold it roughly.
     """
-    for groups, length in ((1, 23), (4, 40), (2, 150)):
-        toy = Toy.build(4, groups)
+    for groups, length, kind in ((1, 23, {}), (4, 40, {"normed": True}), (2, 150, {"rows": True})):
+        toy = Toy.build(4, groups, **kind)
         check_arithmetic(toy, make(**options), toy.prompt(length))
     if everything is not None:
         check_dense(toy, make(**options | everything), toy.prompt(80))
@@ -45,15 +45,18 @@ def check_policy(
 
 def check_arithmetic(toy: Toy, policy: Policy, prompt: Prompt) -> None:
     """Prefill and decode steps equal a masked dense decoder in float64 under the same plans."""
-    got, oracle = toy.run(policy, [prompt]), Oracle(toy.decoder)
+    got, oracle, turns = toy.run(policy, [prompt]), Oracle(toy.decoder), toy.turns(prompt[1])
     table, layers = toy.decoder.embed_tokens.weight, toy.decoder.config.num_layers
-    want = oracle.prefill(table[prompt[0]], got.seen.plans, got.seen.started, got.seen.trims)
+    want = oracle.prefill(
+        table[prompt[0]], got.seen.plans, got.seen.started, got.seen.trims, turns
+    )  # fmt: skip
     close(got.hidden[0], want, "prefill", "the plan is not what the layer can compute")
     for step, token in enumerate(got.tokens[0]):
         if policy.storage is not None:
             check_held(oracle, got.held[step], f"{policy}: before decode step {step}")
         plans = got.seen.steps[step * layers : (step + 1) * layers]
-        want = oracle.step(table[token][None], got.notes[0].at(got.notes[0].prompt) + step, plans)
+        first = got.notes[0].at(got.notes[0].prompt) if turns is None else int(turns.max()) + 1
+        want = oracle.step(table[token][None], first + step, plans)
         why = "the cache holds other tokens than plan(), trim() and step() named"
         close(got.hidden[step + 1], want, f"decode step {step}", why)
 

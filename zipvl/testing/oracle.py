@@ -27,15 +27,19 @@ class Oracle:
         #   what their scores get added
 
     def prefill(self, x: Tensor, plans: list[Plan], started: Plan | None = None,
-                trims: list[dict[int, Tensor]] | None = None) -> Tensor:  # fmt: skip
+                trims: list[dict[int, Tensor]] | None = None,
+                turns: Tensor | None = None) -> Tensor:  # fmt: skip
         """Embeddings x [T, C] -> final hidden states [T', C] of the tokens that reach the end.
 
-        `plans` and `trims` are one a layer, `started` is what start() answered."""
+        `plans` and `trims` are one a layer, `started` is what start() answered; `turns` [3, T] are
+        rotary ids, None: places in the prompt, which start() may number anew."""
         x, positions = x.detach().double(), torch.arange(len(x))
+        positions = positions if turns is None else turns.T  # [T] or [T, 3]
         heads, first = self.config.num_heads, started or Plan()
         x = x if first.x is None else first.x.double()
         if first.stream is not None:
-            entered = torch.arange(len(first.stream)) if first.renumber else first.stream
+            anew = first.renumber and turns is None
+            entered = torch.arange(len(first.stream)) if anew else first.stream
             x, positions = x[first.stream], positions[entered]
         for layer, (w, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             n = len(x)
@@ -61,10 +65,10 @@ class Oracle:
                 x, positions = x[plan.stream], positions[plan.stream]
         return self.norm(x, self.last)
 
-    def step(self, x: Tensor, position: int, plans: list[Plan]) -> Tensor:
-        """One new token, x [1, C] -> [1, C]: of its slots each layer's plan reads `attend`, and
-        `leave` of them are let go."""
-        x, at = x.detach().double(), torch.tensor([position])
+    def step(self, x: Tensor, turn: int, plans: list[Plan]) -> Tensor:
+        """One new token with a rotary id, x [1, C] -> [1, C]: of its slots each layer's plan reads
+        `attend`, and `leave` of them are let go."""
+        x, at = x.detach().double(), torch.tensor([turn])
         for i, (w, plan) in enumerate(zip(self.blocks, plans, strict=True)):
             q, k, v = self.project(w, x, at)
             self.keys[i] = torch.cat((self.keys[i], k))
@@ -136,15 +140,20 @@ class Oracle:
             y = x @ w[f"self_attn.{name}.weight"].T + w.get(f"self_attn.{name}.bias", 0)
             y = y.unflatten(-1, (-1, self.config.head_dim))
             if name != "v_proj":
-                y = self.rotate(y, at)
+                own = w.get(f"self_attn.{name[0]}_norm.weight")
+                y = self.rotate(y if own is None else self.norm(y, own), at)
             out.append(y.repeat_interleave(self.config.num_heads // y.shape[1], dim=1))
         return out[0], out[1], out[2]
 
     def rotate(self, x: Tensor, at: Tensor) -> Tensor:
-        """Pairs (i, i + D/2) of x [n, heads, D] as complex numbers, turned by their angle."""
+        """Pairs (i, i + D/2) of x [n, heads, D] as complex numbers, turned by their angle: by `at`
+        [n], or where that is [n, 3], so many pairs by each of three."""
         c, half = self.config, self.config.head_dim // 2
         rate = c.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half) / c.rope_factor
-        turn = torch.exp(1j * at.double()[:, None, None] * rate)
+        by = at[:, None] if at.ndim == 1 else (
+            at.repeat_interleave(torch.tensor(c.rope_sections), dim=1)
+        )  # fmt: skip
+        turn = torch.exp(1j * by.double()[:, None] * rate)
         y = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat((y.real, y.imag), dim=-1)
 

@@ -49,14 +49,19 @@ class Stretches:
 
 @dataclass(frozen=True)
 class Toy:
-    """A tiny Qwen2 decoder with random weights and a vocabulary of 61."""
+    """A tiny Qwen2 or Qwen3 decoder with random weights and a vocabulary of 61."""
 
     decoder: Decoder
     head: Tensor  # [V, C]
 
     @classmethod
-    def build(cls, heads: int, groups: int, seed: int = 0, layers: int = 3) -> "Toy":
-        config = TextConfig("qwen2", 61, 32, 64, layers, heads, groups, 8, 1e-6, 1e4, qkv_bias=True)
+    def build(cls, heads: int, groups: int, seed: int = 0, layers: int = 3, normed: bool = False,
+              rows: bool = False) -> "Toy":  # fmt: skip
+        """`normed`: Qwen3, whose heads are; `rows`: visual tokens are turned by row and column."""
+        config = TextConfig(
+            "qwen3" if normed else "qwen2", 61, 32, 64, layers, heads, groups, 8, 1e-6, 1e4,
+            rope_sections=(2, 1, 1) if rows else (), qkv_bias=not normed, qk_norm=normed,
+        )  # fmt: skip
         chance = torch.Generator().manual_seed(seed)
         decoder = Decoder(config)
         with torch.no_grad():
@@ -73,6 +78,20 @@ class Toy:
         some = {"none": place < 0, "all": place >= 0, "some": (place > 3) & (place % 19 < 14)}
         return ids, some[visual]
 
+    def turns(self, visual: Tensor) -> Tensor | None:
+        """Rotary ids [3, T] as Qwen2-VL gives them, each stretch of `visual` tokens a picture of
+        three columns; None: a token's place is its only one."""
+        if not self.decoder.config.rope_sections:
+            return None
+        out: list[tuple[int, ...]] = []
+        at, before = 0, 0  # `before`: tokens of this stretch
+        for seen in visual.tolist():
+            if not seen and before:
+                at, before = max(max(turn) for turn in out) + 1, 0
+            out.append((at, at + before // 3, at + before % 3) if seen else (at,) * 3)
+            at, before = (at, before + 1) if seen else (at + 1, 0)
+        return torch.tensor(out).T
+
     @torch.inference_mode()
     def run(self, policy: Policy, prompts: list[Prompt], steps: int = ROOM) -> Trace:
         """Greedy decoding of a packed batch."""
@@ -82,9 +101,12 @@ class Toy:
         at = torch.cat([torch.arange(n) for n in lengths])
         visual = torch.cat([v for _, v in prompts])
         notes = self.scout(policy, prompts, steps)
-        for mine, (_, some) in zip(notes, prompts, strict=True):
+        turns = [t for _, some in prompts if (t := self.turns(some)) is not None]
+        for i, (mine, (_, some)) in enumerate(zip(notes, prompts, strict=True)):
             mine.origin, mine.entered = Stretches(some), None
-        batch = Batch.build(lengths, at, visual, model.config, x.dtype, notes)
+            mine.ahead = int(turns[i].max()) + 1 - lengths[i] if turns else 0
+        ids = torch.cat(turns, dim=1) if turns else None
+        batch = Batch.build(lengths, at, visual, model.config, x.dtype, notes, ids)
         out = model.prefill(x, batch, watch, attend_sdpa, room=steps)
         counts = [list(c.spans.lengths) for c in out.caches]
         storage = [c.nbytes for c in out.caches]
