@@ -223,8 +223,9 @@ def interpret() -> None:
     for dtype in TYPES:
         for T, P, *sizes in shapes[dtype]:
             check_probe("cpu", dtype, T, probes(T, P, "cpu", min(P // 2, 40)), *sizes)
-        check_probe("cpu", dtype, 400, torch.arange(100, 170), 2, 1, 16)  # all long past
-        check_probe("cpu", dtype, 200, torch.arange(190, 90, -1), 1, 1, 16)  # in any order
+        if dtype == torch.bfloat16:
+            check_probe("cpu", dtype, 400, torch.arange(100, 170), 2, 1, 16)  # all long past
+            check_probe("cpu", dtype, 200, torch.arange(190, 90, -1), 1, 1, 16)  # in any order
         for n, C in ((1, 16), (3, 3584), (2, 5120)):
             check_norm("cpu", dtype, n, C)
         for n, F in ((1, 48), (3, 1501)):
