@@ -13,7 +13,7 @@ from pathlib import Path
 from zipvl.cli import split_methods
 
 from ..command import Parser, count, counts, ended, seed
-from . import fixed, methods, niah, probes, rivals, stale, stays, summary, tau, turns
+from . import across, fixed, methods, niah, probes, rivals, stale, stays, summary, tau, turns
 from .runner import Job, policy
 
 Run = Callable[[Job], None]
@@ -39,6 +39,7 @@ EXPERIMENTS: dict[str, tuple[Run, str]] = {
     "text_probes": (probes.run_text, "probe rows on a text decoder, against length"),
     "text_fixed": (fixed.run_text, "a fixed ratio against the adaptive one on a text decoder"),
     "text_tau": (tau.run_text, "loss of a text decoder against tau and attention work"),
+    "across": (across.run, "text decoders, -m A,B: kept share by layer, work and loss against tau"),
 }
 
 
