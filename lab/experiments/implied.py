@@ -3,10 +3,10 @@
     python -m lab.experiments.implied
 
 Prints the tables of docs/architectures.md and docs/cross_attention.md: nothing is measured. For the
-first the decoder is that of
-Qwen2.5-VL-7B, the shape of Qwen2-7B and so of LongVA-7B. Every layer keeps the same share in the
-paper's form, the same share of what is left in the stream form; a multiply-add of attention costs
-what one of a linear layer costs, choosing costs 128 probe rows, and vision is left out.
+first, the decoder is that of Qwen2.5-VL-7B, the shape of Qwen2-7B and so of LongVA-7B. Every layer
+keeps the same share in the paper's form, the same share of what is left in the stream form; a
+multiply-add of attention costs what one of a linear layer costs, choosing costs 128 probe rows, and
+vision is left out.
 """
 
 import math
