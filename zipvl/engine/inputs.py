@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
@@ -288,27 +288,33 @@ def build_inputs(config: ModelConfig, vision: Family, runs: Iterable[list[int] |
                  media: list[Media], placed: list[Placed]) -> Inputs:  # fmt: skip
     """Token ids of a prompt: `runs` of ids, and the media's placeholder ids where `runs` name one;
     rotary ids where a medium has its own."""
-    counts = [n for one in placed for n in one if isinstance(n, int)]
     tokens = {"image": config.image_token, "video": config.video_token}
-    parts = [t for t in map(vision.turn, media) if t is not None]
-    own = iter(torch.cat(parts, dim=1).split(counts, dim=1) if parts else ())
-    ids: list[int] = []
-    visual: list[bool] = []
-    turns, at, left = [], 0, iter(counts)  # `at`: the next token's rotary id
+    counts = [part for one in placed for part in one if isinstance(part, int)]
+    left, ids, visual = iter(counts), list[int](), list[Tensor]()
     for run in runs:
-        n = next(left) if isinstance(run, str) else len(run)
-        ids += [tokens[run]] * n if isinstance(run, str) else run
-        visual += [isinstance(run, str)] * n
-        if parts:
-            shape = next(own) if isinstance(run, str) else torch.arange(n).expand(3, n)
-            turns.append(shape + at)
-            at = int(turns[-1].max()) + 1 if n else at
-    inputs = Inputs(torch.tensor(ids), torch.tensor(visual), media)
-    if parts:
-        inputs.turns, inputs.ahead = torch.cat(turns, dim=1), at - len(ids)
+        some = [tokens[run]] * next(left) if isinstance(run, str) else run
+        ids += some
+        visual.append(torch.full((len(some),), isinstance(run, str)))
+    inputs = Inputs(torch.tensor(ids), torch.cat(visual), media)
+    own = [turns for turns in map(vision.turn, media) if turns is not None]
+    if own:
+        shapes = iter(torch.cat(own, dim=1).split(counts, dim=1))
+        inputs.turns, inputs.ahead = rotary_ids(visual, shapes)
     inputs.warnings += [m.clip.warning for m in media if m.clip and m.clip.warning]
     check_length(inputs, config)
     return inputs
+
+
+def rotary_ids(runs: list[Tensor], shapes: Iterator[Tensor]) -> tuple[Tensor, int]:
+    """[3, T] of a prompt's runs, masks of all or no visual tokens each; and by how much what
+    follows is ahead of its place. A run of visual tokens takes the next of `shapes` [3, n] from
+    the id behind all before it on, text counts on from there."""
+    out, at = [], 0
+    for run in runs:
+        shape = next(shapes) if bool(run[0]) else torch.arange(len(run)).expand(3, -1)
+        out.append(at + shape)
+        at = int(out[-1].max()) + 1
+    return torch.cat(out, dim=1), at - sum(map(len, runs))
 
 
 def turned(inputs: Sequence[Inputs], device: torch.device) -> Tensor | None:

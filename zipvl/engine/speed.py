@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..linear import Linear, RMSNorm
 from ..model.attention import Attention
-from ..model.batch import Batch, Spans, ahead, rope_table
+from ..model.batch import Batch, Spans, ahead, moved, rope_table
 from ..model.cache import Cache
 from ..model.decoder import MLP, Decoder
 from ..model.kernels import Attend, attend_sdpa, sdpa
@@ -308,7 +308,8 @@ class StaticStep(Step):
 
     def run(self) -> Tensor:
         text = self.model.text
-        cos, sin = rope_table(self.batch.positions + self.ahead, text.config, self.model.dtype)
+        turns = moved(self.batch.positions, self.ahead)
+        cos, sin = rope_table(turns, text.config, self.model.dtype)
         batch, x = replace(self.batch, cos=cos, sin=sin), text.embed_tokens(self.ids)
         return self.model.logits(text.step(x, batch, self.caches, self.policy, self.attend))
 

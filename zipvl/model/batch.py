@@ -119,7 +119,8 @@ class Batch:
         """positions, is_visual [sum T]; `notes` None: fresh ones. `turns`: rotary ids [3, sum T];
         None: those of text behind what is in the prompt."""
         notes = [Notes(n) for n in lengths] if notes is None else notes
-        turns = positions + ahead(notes, lengths, positions.device) if turns is None else turns
+        if turns is None:
+            turns = moved(positions, ahead(notes, lengths, positions.device))
         cos, sin = rope_table(turns, config, dtype)
         places = positions.int()  # caches hold them for every layer and head
         return cls(Spans(lengths, positions.device), places, is_visual, cos, sin, notes)
@@ -149,12 +150,17 @@ def join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def ahead(notes: list[Notes], lengths: list[int], device: torch.device) -> Tensor | int:
-    """By how much rotary ids of text are ahead of its positions, [sum T]; 0: they are these."""
+def ahead(notes: list[Notes], lengths: list[int], device: torch.device) -> Tensor | None:
+    """By how much rotary ids of text are ahead of its positions, [sum T]; None: they are these."""
     each = [n.ahead for n in notes]
     if not any(each):
-        return 0
+        return None
     return sent(torch.tensor(each).repeat_interleave(torch.tensor(lengths)), device)
+
+
+def moved(positions: Tensor, by: Tensor | None) -> Tensor:
+    """Rotary ids of text at `positions`."""
+    return positions if by is None else positions + by
 
 
 def rope_table(turns: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
