@@ -112,7 +112,7 @@ def read_config(folder: Path) -> ModelConfig:
         return _read_original(folder, file)
     raise ModelError(
         f"{file.where} describes {shown(_architecture(file))}, which is not a LLaVA-family model: "
-        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision and LongVA"
+        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision, LongVA, InternVL3 and 3.5"
     )
 
 

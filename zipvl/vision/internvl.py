@@ -101,14 +101,14 @@ def read(file: Section, pre: Section) -> InternConfig:
             f"width {config.hidden_size}, {config.num_heads} heads, image {side}, patch {patch} "
             f"and blocks of {shrink} x {shrink} patches do not fit"
         )
-    size = pre.get("size", {"height": side, "width": side})
-    if size != {"height": side, "width": side}:
-        raise pre.wrong("size", size, f"expected the height and width of {side} in config.json")
     if grid**2 > CROP_TOKENS or most * grid**2 > TOKENS or most * side**2 > PIXELS:
         raise c.fault(
             f"image {side}, patch {patch} and max_patches {most} are too much: zipvl makes up to "
             f"{CROP_TOKENS:,} patches of a crop, {TOKENS:,} and {PIXELS:,} pixels of a picture"
         )
+    size = pre.get("size", {"height": side, "width": side})
+    if size != {"height": side, "width": side}:
+        raise pre.wrong("size", size, f"expected the height and width of {side} in config.json")
     return config
 
 
@@ -161,7 +161,7 @@ class InternVL(Family):
 
     def cut(self, image: Image.Image, geometry: Geometry) -> np.ndarray:
         size, rows, cols = self.config.image_size, geometry.rows, geometry.cols
-        whole = np.asarray(image.resize((size, size), BICUBIC))[None]
+        whole = np.array(image.resize((size, size), BICUBIC))[None]
         if geometry.crops == 1:
             return whole
         canvas = np.asarray(image.resize((cols * size, rows * size), BICUBIC))
