@@ -19,7 +19,6 @@ import tiny_intern
 import torch
 from fuzz_damage import retell
 from methods.untrained import NEEDS
-from PIL import Image
 from test_layouts import refused, write
 from test_parity import CASES, Asked, Case, check, close, picture
 from torch import Tensor
@@ -343,7 +342,7 @@ def test_any_value_anywhere_is_read_or_refused(folder: Callable, tmp_path: Path)
     """Damaged settings and configs: a sound record whose module can be made, or a ModelError."""
     chance, base, read, told = random.Random(7), folder("intern3"), 0, []
     names = ("config.json", "preprocessor_config.json")
-    for _ in range(300):
+    for _ in range(120):
         for name in names:
             (tmp_path / name).write_bytes((base / name).read_bytes())
         name = chance.choice(names)
@@ -359,7 +358,7 @@ def test_any_value_anywhere_is_read_or_refused(folder: Callable, tmp_path: Path)
                 family = InternVL(config.vision, 64)
             shapes = [family.plan(high, wide) for high, wide in ((30, 40), (1, 5000))]
             assert all(0 < family.count(shape) <= 2**18 + 2**14 for shape in shapes)
-    assert read > 50
+    assert read > 20
     assert not any("\n" in sentence or len(sentence) > 600 for sentence in told)
 
 
@@ -496,3 +495,43 @@ def test_every_method(engine: Callable, method: str) -> None:
         alone = cast(Result, own.generate(inputs, policy, **options))
         assert alone.tokens == result.tokens
         assert alone.stats.ratio == result.stats.ratio
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "most"),
+    [("hired:ratio=0.4", 3, 3), ("visionzip_like:dominant=3,contextual=2", 5, 5),
+     ("vidcom2_like:ratio=0.4", 1, 8)],
+)  # fmt: skip
+def test_what_enters_is_chosen_of_each_frame(
+    engine: Callable, method: str, least: int, most: int
+) -> None:
+    """As if no text stood between the frames: what stands there has no part in it."""
+    own = engine("intern35")
+    inputs, policy = mixed(own), load_policy(method)
+    features = torch.cat(own.encode(inputs))
+    kept = []
+    for visual in (inputs.is_visual, torch.ones(len(features) + 1) > 0):
+        visual[-1] = False
+        x = torch.zeros(len(visual), features.shape[1])
+        x[visual] = features
+        here = replace(inputs, input_ids=torch.zeros(len(visual)), is_visual=visual)
+        view = PromptView(x, visual, Notes(len(visual)))
+        view.notes.origin = Shown(here, own.model)
+        with torch.inference_mode():
+            stream = policy.start(view).stream
+        assert stream[~visual].all()
+        kept.append(stream[visual])
+        counts = [int(stream[frame].sum()) for frame in view.crops()[0]]
+        assert all(least <= count <= most for count in counts), counts
+    assert torch.equal(*kept)
+
+
+def test_anchors_end_frames_and_crops(engine: Callable) -> None:
+    own = engine("intern35")
+    inputs = mixed(own)
+    seen = page.watch(own, inputs, load_policy("anchor_like"), 4)
+    visual, each = inputs.is_visual.numpy(), own.model.vision.config.grid**2 // 4
+    at = np.flatnonzero(visual)
+    ends = np.isin(np.arange(len(visual)), at[each - 1 :: each])
+    assert (seen.cached == (ends | ~visual)).all()
+    assert len(at) == each * sum(m.geometry.crops for m in inputs.media)
