@@ -135,6 +135,18 @@ def test_tiles_are_transformers_own() -> None:
 
 SAMPLE = InternConfig(8, 8, 1, 56, 14, True, False, "layer_norm", 1e-6, "gelu", 1, False, 2, 1, 12,
                       (0.5,) * 3, (0.5,) * 3)  # fmt: skip
+
+
+def test_what_cuts_alike_has_the_same_tokens() -> None:
+    """A guide must."""
+    alike = {"hidden_size": 16, "mean": (0.1,) * 3, "std": (0.2,) * 3, "blocks": 2}
+    other = {"image_size": 60, "patch_size": 7, "shrink": 1, "min_tiles": 2, "max_tiles": 3}
+    with torch.device("meta"):
+        cuts = InternVL(SAMPLE, 8).cuts
+        assert all(InternVL(replace(SAMPLE, **{k: v}), 8).cuts == cuts for k, v in alike.items())
+        assert all(InternVL(replace(SAMPLE, **{k: v}), 8).cuts != cuts for k, v in other.items())
+
+
 LAYERS = {"third": (3, 3), "before the last": (-2, 2), "first": (1, 1)}
 
 
@@ -300,6 +312,7 @@ BAD: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "several layers": (None, {"vision_feature_layer": [-1, -2]}, "vision_feature_layer is [-1, -2]"),
     "ratio": (None, {"downsample_ratio": 0.4}, "downsample_ratio is 0.4"),
     "small ratio": (None, {"downsample_ratio": 5e-324}, "downsample_ratio is 5e-324"),
+    "smaller ratio": (None, {"downsample_ratio": 1e-300}, "downsample_ratio is 1e-300"),
     "ratio above 1": (None, {"downsample_ratio": 2}, "downsample_ratio is 2"),
     "blocks": (None, {"downsample_ratio": 1 / 3}, "blocks of 3 x 3 patches do not fit"),
     "projector": (None, {"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
