@@ -488,6 +488,27 @@ def test_markers_typed_as_text_are_told(engine: Callable) -> None:
         engine("intern3").prepare("What is <IMG_CONTEXT>?")
 
 
+def test_without_a_template_of_its_own(folder: Callable, tmp_path: Path) -> None:
+    """The built-in one takes content as one string, with the markers in it."""
+    tiny.copy_rest(folder("intern35"), tmp_path)
+    (tmp_path / "model.safetensors").hardlink_to(folder("intern35") / "model.safetensors")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    write(tmp_path, settings, "tokenizer_config.json")
+    own = zipvl.load(tmp_path, device="cpu", dtype="float32")
+    assert own.chat.template_name == "qwen_1_5"
+    inputs = ask(CASES["both"]).prepare(own)
+    tokens = [m.tokens for m in inputs.media]
+    text = own.chat.tokenizer.decode(inputs.input_ids.tolist(), skip_special_tokens=False)
+    run = "<IMG_CONTEXT>" * (tokens[1] // 3)
+    frames = "\n".join(f"Frame{n}: <img>{run}</img>" for n in (1, 2, 3))
+    picture = f"<img>{'<IMG_CONTEXT>' * tokens[0]}</img>"
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"{picture} {frames}\n{CASES['both'].words}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
 # --- methods, where text stands between frames ------------------------------------------------------
 
 
