@@ -243,8 +243,8 @@ def as_v4(config: dict[str, Any]) -> dict[str, Any]:
         text["rope_scaling"] = dict(type=kind, **rope)
     for key in ("dtype", "layer_types", "head_dim"):
         text.pop(key, None)
-    name = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config"}
-    usual = getattr(transformers, name[text["model_type"]])().to_dict() | {"rope_theta": 1e4}
+    name = text["model_type"].capitalize() + "Config"
+    usual = getattr(transformers, name)().to_dict() | {"rope_theta": 1e4}
     keep = {"model_type", "sliding_window"}
     out["text_config"] = {k: v for k, v in text.items() if k in keep or usual.get(k, ...) != v}
     return out

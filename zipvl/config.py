@@ -192,6 +192,13 @@ class Section:
             raise self.fault(f"{what} {shown(value)} is not supported ({', '.join(options)} are)")
         return value
 
+    def colours(self, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+        """A number above zero for each of the three channels, `usual` where settings lack them."""
+        values = self.get(key) or usual
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise self.wrong(key, values, "expected three numbers")
+        return tuple(self.holding({key: value}).positive(key) for value in values)
+
     def section(self, key: str) -> "Section":
         """A copy of the object at `key`, empty where it is missing or null."""
         value = self.get(key)

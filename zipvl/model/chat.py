@@ -331,7 +331,7 @@ def _read_template(path: Path) -> str:
 def _default(config: ModelConfig) -> str:
     """The built-in template a family was trained with."""
     by_family = {"llava": "vicuna", "llava_next": "llava_v1"} if config.layout == "hf" else {}
-    by_decoder = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5"}
+    by_decoder = {"mistral": "mistral_instruct", "qwen2": "qwen_1_5", "qwen3": "qwen_1_5"}
     return by_decoder.get(config.text.kind) or by_family.get(config.family, "vicuna_v1")
 
 

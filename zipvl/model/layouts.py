@@ -26,6 +26,7 @@ from ..config import (
     shown,
 )
 from ..errors import ModelError
+from ..vision import internvl
 
 # Towers, as the classes of transformers 4 fill them in, and the public ones that checkpoints name.
 CLIP = {
@@ -61,7 +62,9 @@ HF_FAMILIES = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
 }
 HF_FAMILIES |= {family: family for family in HF_FAMILIES.values()}  # under its model_type
-MEDIA_TOKENS = {  # ids of a picture's and a video's placeholder where config.json leaves them out
+MEDIA_TOKENS: dict[
+    str, tuple[int, int | None]
+] = {  # ids of a picture's and a video's placeholder where config.json leaves them out
     "llava": (32000, None),  # no video token: its frames stand under the picture's
     "llava_next": (32000, None),
     "llava_next_video": (32001, 32000),
@@ -80,12 +83,22 @@ class Other:
     family: str
     read: Callable[[Section, Section], Any]  # its record, of config.json and processor settings
     decoder: str  # the usual one
-    tokens: tuple[int, int]  # the usual ids of a picture's and a video's tokens
+    tokens: tuple[int, int | None]  # usual ids of a picture's and a video's; None: the same one
     markers: dict[str, str] = field(default_factory=dict)  # as ModelConfig says
     around: tuple[str, str] = ("", "")
 
 
-OTHERS: dict[str, Other] = {}  # by architecture
+INTERN = Other(
+    family="internvl",
+    read=internvl.read,
+    decoder="qwen2",
+    tokens=(151667, None),
+    markers={"video": "<video>"},
+)
+OTHERS: dict[str, Other] = {  # by architecture
+    "InternVLForConditionalGeneration": INTERN,
+}
+OTHERS |= {other.family: other for other in OTHERS.values()}  # under its model_type
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -99,7 +112,7 @@ def read_config(folder: Path) -> ModelConfig:
         return _read_original(folder, file)
     raise ModelError(
         f"{file.where} describes {shown(_architecture(file))}, which is not a LLaVA-family model: "
-        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision and LongVA"
+        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision, LongVA, InternVL3 and 3.5"
     )
 
 
@@ -128,9 +141,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
     tied = file.flag("tie_word_embeddings") | text.flag("tie_word_embeddings")
     decoder = read_text(text, text.get("model_type", "qwen2" if onevision else "llama"), tied)
     file.choice("projector_hidden_act", ("gelu",), "gelu")
-    usual_image, usual_video = MEDIA_TOKENS[family]
-    image = _media_token(file, "image", usual_image)
-    video = image if usual_video is None else _media_token(file, "video", usual_video)
+    image, video = _media_tokens(file, MEDIA_TOKENS[family])
 
     # 3 pictures and videos
     tiles = _max_tiles(file.get("vision_aspect_ratio", "anyres_max_9"))
@@ -163,29 +174,35 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
 def _read_other(folder: Path, file: Section, other: Other) -> ModelConfig:
     nested = file.get("text_config") is not None  # else the decoder's keys stand beside the tower's
     text = file.section("text_config") if nested else file
-    kind = text.get("model_type")
-    decoder = read_text(
-        text,
-        kind if kind in DECODERS else other.decoder,
-        file.flag("tie_word_embeddings") | text.flag("tie_word_embeddings"),
-    )
+    kind = text.get("model_type", other.decoder)
+    if str(kind).startswith(other.family):  # as qwen2_vl_text
+        kind = other.decoder
+    tied = file.flag("tie_word_embeddings") | text.flag("tie_word_embeddings")
+    decoder = read_text(text, kind, tied)
+    image, video = _media_tokens(file, other.tokens)
     return ModelConfig(
         text=decoder,
         vision=other.read(file, _read_preprocessor(folder)),
         family=other.family,
         layout="hf",
-        image_token=_media_token(file, "image", other.tokens[0]),
-        video_token=_media_token(file, "video", other.tokens[1]),
+        image_token=image,
+        video_token=video,
         markers=other.markers,
         around=other.around,
         max_length=_max_length(DECODERS[decoder.kind] | text.raw),
     )
 
 
-def _media_token(file: Section, kind: str, usual: int) -> int:
-    """A placeholder's id, under either spelling."""
-    keys = [key for key in (f"{kind}_token_index", f"{kind}_token_id") if key in file.raw]
-    return file.number(keys[0], least=0) if keys else usual
+def _media_tokens(file: Section, usual: tuple[int, int | None]) -> tuple[int, int]:
+    """Ids of a picture's and a video's placeholder, where `usual` knows one of its own for it."""
+
+    def read(kind: str, usual: int) -> int:
+        """Under either spelling."""
+        keys = [key for key in (f"{kind}_token_index", f"{kind}_token_id") if key in file.raw]
+        return file.number(keys[0], least=0) if keys else usual
+
+    image = read("image", usual[0])
+    return image, image if usual[1] is None else read("video", usual[1])
 
 
 def _read_original(folder: Path, file: Section) -> ModelConfig:
@@ -323,17 +340,9 @@ def _read_pixels(pre: Section, vision: VisionConfig) -> dict[str, Any]:
     return {
         "size": vision.image_size,
         "resize": "squash" if squash else "crop",
-        "mean": _read_colours(pre, "image_mean", HALF if siglip else CLIP_MEAN),
-        "std": _read_colours(pre, "image_std", HALF if siglip else CLIP_STD),
+        "mean": pre.colours("image_mean", HALF if siglip else CLIP_MEAN),
+        "std": pre.colours("image_std", HALF if siglip else CLIP_STD),
     }
-
-
-def _read_colours(pre: Section, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
-    """A number above zero for each of the three channels, `usual` where settings lack them."""
-    values = pre.get(key) or usual
-    if not isinstance(values, list | tuple) or len(values) != 3:
-        raise pre.wrong(key, values, "expected three numbers")
-    return tuple(pre.holding({key: value}).positive(key) for value in values)
 
 
 def _read_pinpoints(file: Section, value: Any, vision: VisionConfig) -> tuple[tuple[int, int], ...]:

@@ -6,10 +6,14 @@ from torch import Tensor, nn
 from ..config import LlavaConfig, ModelConfig
 from ..linear import Linear
 from ..vision.family import Family
+from ..vision.internvl import InternConfig, InternVL
 from ..vision.llava import Llava
 from .decoder import Decoder
 
-FAMILIES: dict[type, type[Family]] = {LlavaConfig: Llava}  # by the record of config.vision
+FAMILIES: dict[type, type[Family]] = {  # by the record of config.vision
+    LlavaConfig: Llava,
+    InternConfig: InternVL,
+}
 
 
 class VLM(nn.Module):

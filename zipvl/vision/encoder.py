@@ -103,7 +103,7 @@ class Block(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -129,18 +129,23 @@ class Attention(nn.Module):
 
     def received(self, x: Tensor, asks: slice) -> Tensor:
         """[F, N] attention that the patches receive from those that ask."""
-        q, k = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2).float()
+        q, k = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                 for p in (self.q_proj, self.k_proj))  # fmt: skip
-        scores = q[:, :, asks] @ k.mT / math.sqrt(q.shape[-1])  # [F, H, rows, N]
-        return scores.softmax(-1).mean(2).sum(1)
+        return received(q, k, asks)
+
+
+def received(q: Tensor, k: Tensor, asks: slice) -> Tensor:
+    """[F, N] attention that keys k [F, H, N, D] receive from those queries of q that ask: the mean
+    over these, summed over heads."""
+    scores = q[:, :, asks].float() @ k.float().mT / math.sqrt(q.shape[-1])  # [F, H, rows, N]
+    return scores.softmax(-1).mean(2).sum(1)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, width: int, inside: int, act: str) -> None:
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.fc1, self.fc2 = Linear(width, inside), Linear(inside, width)
+        self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
