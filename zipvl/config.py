@@ -190,6 +190,13 @@ class Section:
             raise self.fault(f"{what} {shown(value)} is not supported ({', '.join(options)} are)")
         return value
 
+    def colours(self, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+        """A number above zero for each of the three channels, `usual` where settings lack them."""
+        values = self.get(key) or usual
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise self.wrong(key, values, "expected three numbers")
+        return tuple(self.holding({key: value}).positive(key) for value in values)
+
     def section(self, key: str) -> "Section":
         """A copy of the object at `key`, empty where it is missing or null."""
         value = self.get(key)
@@ -239,7 +246,7 @@ def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
         rms_norm_eps=c.positive("rms_norm_eps"),
         rope_theta=c.holding(c.raw | rope).positive("rope_theta"),
         rope_factor=c.holding(rope).positive("factor") if scaling == "linear" else 1.0,
-        rope_sections=_sections(c.holding(rope), head_dim),
+        rope_sections=_sections(c.holding(c.raw | rope), head_dim),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         tied=tied,

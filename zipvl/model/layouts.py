@@ -10,7 +10,7 @@ import ast
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from ..config import (
     ModelConfig,
     Section,
     VisionConfig,
+    optional_json,
     read_json,
     read_text,
     shown,
 )
 from ..errors import ModelError
+from ..vision import qwen
 
 # Towers, as the classes of transformers 4 fill them in, and the public ones that checkpoints name.
 CLIP = {
@@ -80,12 +82,29 @@ class Other:
     family: str
     read: Callable[[Section, Section], Any]  # its record, of config.json and processor settings
     decoder: str  # the usual one
+    usual: dict[str, Any]  # what its class fills in where that differs from this decoder's own
     tokens: tuple[int, int]  # the usual ids of a picture's and a video's tokens
     markers: dict[str, str] = field(default_factory=dict)  # as ModelConfig says
     around: tuple[str, str] = ("", "")
 
 
-OTHERS: dict[str, Other] = {}  # by architecture
+QWEN = Other(
+    family="qwen2_vl",
+    read=qwen.read,
+    decoder="qwen2",
+    usual={
+        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "rope_theta": 1e6,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5, "mrope_section": [16, 24, 24],
+    },
+    tokens=(151655, 151656),
+    around=("<|vision_start|>", "<|vision_end|>"),
+)  # fmt: skip
+OTHERS: dict[str, Other] = {  # by architecture
+    "Qwen2VLForConditionalGeneration": QWEN,
+    "Qwen2_5_VLForConditionalGeneration": replace(QWEN, family="qwen2_5_vl", read=qwen.read_25),
+}
+OTHERS |= {other.family: other for other in OTHERS.values()}  # under its model_type
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -99,7 +118,7 @@ def read_config(folder: Path) -> ModelConfig:
         return _read_original(folder, file)
     raise ModelError(
         f"{file.where} describes {shown(_architecture(file))}, which is not a LLaVA-family model: "
-        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision and LongVA"
+        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision, LongVA, Qwen2-VL and Qwen2.5-VL"
     )
 
 
@@ -163,6 +182,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
 def _read_other(folder: Path, file: Section, other: Other) -> ModelConfig:
     nested = file.get("text_config") is not None  # else the decoder's keys stand beside the tower's
     text = file.section("text_config") if nested else file
+    text = text.holding(other.usual | text.raw)
     kind = text.get("model_type")
     decoder = read_text(
         text,
@@ -171,7 +191,7 @@ def _read_other(folder: Path, file: Section, other: Other) -> ModelConfig:
     )
     return ModelConfig(
         text=decoder,
-        vision=other.read(file, _read_preprocessor(folder)),
+        vision=other.read(file, _read_processors(folder)),
         family=other.family,
         layout="hf",
         image_token=_media_token(file, "image", other.tokens[0]),
@@ -309,9 +329,18 @@ def _read_preprocessor(folder: Path) -> Section:
     for path in filter(os.path.exists, files):
         raw = read_json(path)
         raw = Section(raw, str(path)).section("image_processor").raw or raw
-        if "image_mean" in raw or "size" in raw:
+        if not raw.keys().isdisjoint({"image_mean", "size", "max_pixels"}):
             return Section(raw, str(folder))
     return Section({}, str(folder))
+
+
+def _read_processors(folder: Path) -> Section:
+    """Image-processor settings, and under `video_processor` those of videos, from a file of their
+    own (v4) or processor_config.json (v5)."""
+    image, nested = _read_preprocessor(folder), folder / "processor_config.json"
+    video = optional_json(folder / "video_preprocessor_config.json")
+    video = video or Section(optional_json(nested), str(nested)).section("video_processor").raw
+    return image.holding(image.raw | {"video_processor": video})
 
 
 def _read_pixels(pre: Section, vision: VisionConfig) -> dict[str, Any]:
@@ -321,17 +350,9 @@ def _read_pixels(pre: Section, vision: VisionConfig) -> dict[str, Any]:
     return {
         "size": vision.image_size,
         "resize": "squash" if squash else "crop",
-        "mean": _read_colours(pre, "image_mean", HALF if siglip else CLIP_MEAN),
-        "std": _read_colours(pre, "image_std", HALF if siglip else CLIP_STD),
+        "mean": pre.colours("image_mean", HALF if siglip else CLIP_MEAN),
+        "std": pre.colours("image_std", HALF if siglip else CLIP_STD),
     }
-
-
-def _read_colours(pre: Section, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
-    """A number above zero for each of the three channels, `usual` where settings lack them."""
-    values = pre.get(key) or usual
-    if not isinstance(values, list | tuple) or len(values) != 3:
-        raise pre.wrong(key, values, "expected three numbers")
-    return tuple(pre.holding({key: value}).positive(key) for value in values)
 
 
 def _read_pinpoints(file: Section, value: Any, vision: VisionConfig) -> tuple[tuple[int, int], ...]:

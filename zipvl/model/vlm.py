@@ -7,9 +7,13 @@ from ..config import LlavaConfig, ModelConfig
 from ..linear import Linear
 from ..vision.family import Family
 from ..vision.llava import Llava
+from ..vision.qwen import QwenConfig, QwenVL
 from .decoder import Decoder
 
-FAMILIES: dict[type, type[Family]] = {LlavaConfig: Llava}  # by the record of config.vision
+FAMILIES: dict[type, type[Family]] = {  # by the record of config.vision
+    LlavaConfig: Llava,
+    QwenConfig: QwenVL,
+}
 
 
 class VLM(nn.Module):
