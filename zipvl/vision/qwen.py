@@ -5,8 +5,8 @@ patches   14 x 14 pixels of two frames; a picture is a frame twice, an odd last 
 tower     2-D rotary positions; Qwen2.5-VL looks in windows of 112 pixels, all over in some layers
 merger    a block of 2 x 2 patches to one token
 
-Two frames know nothing of the others, so a video is a batch [P, N, C] in the tower: P pairs, N
-patches. Source: transformers, models/qwen2_vl and models/qwen2_5_vl.
+Two frames know nothing of the others, so a video is a batch in the tower: P pairs. Source:
+transformers, models/qwen2_vl and models/qwen2_5_vl.
 """
 
 import math
@@ -26,8 +26,7 @@ from ..linear import GatedMLP, Linear, RMSNorm
 from .encoder import ACTIVATIONS, MLP
 from .family import Family, Geometry, Media, normalise
 
-LONGEST = 200  # a longer side, in shorter ones
-PIXELS, PATCHES = 2**24, 2**17  # of a crop
+LONGEST, PIXELS, PATCHES = 200, 2**24, 2**17  # of a crop: longer by shorter side, and in all
 ROWS = 256  # of attention at a time, where somebody asks who received it
 USUAL: dict[str, Any] = {  # as transformers' classes fill in what a file leaves out
     "depth": 32, "num_heads": 16, "hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
@@ -64,11 +63,9 @@ class QwenConfig:
 def read(file: Section, pre: Section) -> QwenConfig:
     """Of Qwen2-VL's config.json and processor settings. Raises ModelError.
 
-    Frames' sizes are those of the settings of videos. Hub folders of before transformers 4.52 have
-    none: then 128 to 768 blocks of 28 x 28 pixels, what the models' own demo takes, where
-    transformers takes the range of pictures, up to 16,384. Its ceiling on the pixels of a whole
-    video (cap_pixels_per_frame, off by default) is not here.
-    """
+    Frames' sizes are those of the settings of videos. Older hub folders have none: then 128 to 768
+    blocks of 28 x 28 pixels, as the models' own demo, where transformers takes the range of
+    pictures, up to 16,384. A whole video has no ceiling (theirs, cap_pixels_per_frame, is off)."""
     c = file.holding(USUAL_2 | file.section("vision_config").raw)
     width, out = c.number("embed_dim"), c.number("hidden_size")
     return _read(c, pre, width, width * c.number("mlp_ratio", most=100), out, tuple(ACTIVATIONS))
@@ -90,29 +87,30 @@ def read_25(file: Section, pre: Section) -> QwenConfig:
 def _read(c: Section, pre: Section, width: int, inner: int, out: int,
           acts: tuple[str, ...]) -> QwenConfig:  # fmt: skip
     """What both have."""
-    keys = "depth", "num_heads", "patch_size", "spatial_merge_size"
-    depth, heads, patch, merge = (c.number(key, most=1000) for key in keys)
+    depth, heads = c.number("depth", most=1000), c.number("num_heads", most=1000)
+    patch, merge = c.number("patch_size", most=1000), c.number("spatial_merge_size", most=1000)
     if width % (4 * heads):
         raise c.fault(f"width {width} and num_heads {heads} do not fit: 4 must divide each head")
     for key, only in (("temporal_patch_size", 2), ("in_channels", 3), ("in_chans", 3)):
-        if (value := c.get(key, only)) != only:
-            raise c.wrong(key, value, f"expected {only}")
+        c.number(key, only, only, only)
     rope = c.holding({"rope_theta": 1e4} | c.section("rope_parameters").raw)
     return QwenConfig(
         depth, width, inner, heads, c.choice("hidden_act", acts), out, patch, merge,
         rope.positive("rope_theta"), pre.colours("image_mean", MEAN), pre.colours("image_std", STD),
-        _read_range(pre, PICTURE, patch), _read_range(pre.section("video_processor"), FRAME, patch),
+        _read_range(pre, PICTURE, patch, merge),
+        _read_range(pre.section("video_processor"), FRAME, patch, merge),
     )  # fmt: skip
 
 
-def _read_range(pre: Section, usual: tuple[int, int], patch: int) -> tuple[int, int]:
-    """The fewest and the most pixels of a crop, under any of their names."""
-    size = pre.section("size").raw
-    names = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-    edges = {name: size[edge] for name, edge in names.items() if edge in size}
-    c = pre.holding(size | edges | {key: pre.get(key) for key in names if pre.get(key) is not None})
+def _read_range(pre: Section, usual: tuple[int, int], patch: int, merge: int) -> tuple[int, int]:
+    """The fewest and the most pixels of a crop, at least a block, under any of their names."""
+    names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+    size = {names.get(key, key): value for key, value in pre.section("size").raw.items()}
+    own = {key: pre.get(key) for key in names.values() if pre.get(key) is not None}
+    c = pre.holding(size | own)
     least = c.number("min_pixels", most=PIXELS, usual=usual[0])
-    return least, c.number("max_pixels", least, min(PIXELS, PATCHES * patch**2), usual[1])
+    ceiling = min(PIXELS, PATCHES * patch**2)
+    return least, c.number("max_pixels", max(least, (patch * merge) ** 2), ceiling, usual[1])
 
 
 def resized(height: int, width: int, side: int, pixels: tuple[int, int]) -> tuple[int, int]:
@@ -121,28 +119,20 @@ def resized(height: int, width: int, side: int, pixels: tuple[int, int]) -> tupl
     sides, (least, most) = (height, width), pixels
     if max(sides) > LONGEST * min(sides):
         raise MediaError(
-            f"a picture of {width} x {height} pixels has a side over {LONGEST} times as long as "
-            "the other, which this model does not take: crop it"
+            f"{width} x {height} pixels are too long for this model, over {LONGEST} to 1: crop them"
         )
     high, wide = (round(x / side) * side for x in sides)
     if high * wide > most:
-        shrink = math.sqrt(height * width / most)
-        high, wide = (max(side, math.floor(x / shrink / side) * side) for x in sides)
+        by = math.sqrt(height * width / most)
+        high, wide = (max(side, math.floor(x / by / side) * side) for x in sides)
     elif high * wide < least:
-        grow = math.sqrt(least / (height * width))
-        high, wide = (math.ceil(x * grow / side) * side for x in sides)
+        by = math.sqrt(least / (height * width))
+        high, wide = (math.ceil(x * by / side) * side for x in sides)
     return high, wide
 
 
 class QwenVL(Family):
-    """Names of the layers' parameters are those of the checkpoints."""
-
-    spellings: ClassVar = [
-        (r"(?:.*\.)?visual\.patch_embed\.proj\.(.+)", r"vision.patch.\1"),
-        (r"(?:.*\.)?visual\.merger\.ln_q\.(.+)", r"vision.norm.\1"),
-        (r"(?:.*\.)?visual\.merger\.mlp\.(.+)", r"vision.merger.\1"),
-        (r"(?:.*\.)?visual\.(.+)", r"vision.\1"),
-    ]
+    spellings: ClassVar = [(r"(?:.*\.)?visual\.(?:patch_embed\.|merger\.)?(.+)", r"vision.\1")]
 
     def __init__(self, config: QwenConfig, width: int):
         """`width`: the decoder's. Raises ModelError."""
@@ -150,17 +140,14 @@ class QwenVL(Family):
         if config.out != width:
             raise ModelError(f"the tower makes tokens of {config.out} numbers, text has {width}")
         self.config, size, block = config, (2, config.patch, config.patch), config.merge**2
-        self.patch = nn.Conv3d(3, config.width, size, bias=False)
+        self.proj = nn.Conv3d(3, config.width, size, bias=False)
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.depth))
-        self.norm, inner = norm(config), block * config.width
-        self.merger = nn.Sequential(Linear(inner, inner), nn.GELU(), Linear(inner, width))
+        self.ln_q, inner = norm(config), block * config.width
+        self.mlp = nn.Sequential(Linear(inner, inner), nn.GELU(), Linear(inner, width))
 
     @property
     def cuts(self) -> object:
-        c = self.config
-        return c.patch, c.merge, c.pace, c.picture, c.frame
-
-    # pixels
+        return [getattr(self.config, key) for key in ("patch", "merge", "pace", "picture", "frame")]
 
     def size(self, geometry: Geometry) -> tuple[int, int]:
         """Height and width of a crop. Raises MediaError."""
@@ -192,13 +179,11 @@ class QwenVL(Family):
         x = x.reshape(-1, 2, 3, rows, c.patch, cols, c.patch)
         return x.permute(0, 3, 5, 2, 1, 4, 6).flatten(3)
 
-    # tokens
-
     def tower(self, crops: Tensor, geometry: Geometry, seen: list[Tensor] | None = None) -> Tensor:
         """[P, rows, cols, C]; `seen` gets what the patches receive in the first and last layer."""
-        x = F.linear(self.pixels(crops, geometry), self.patch.weight.flatten(1))
-        c, (rows, cols), side = self.config, x.shape[1:3], self.config.window * self.config.merge
-        D = c.width // c.heads
+        x = F.linear(self.pixels(crops, geometry), self.proj.weight.flatten(1))
+        (rows, cols), c = x.shape[1:3], self.config
+        side, D = c.window * c.merge, c.width // c.heads
         steps = c.theta ** (torch.arange(D // 4, device=x.device) * 4 / D)
         down, across = (torch.arange(n, device=x.device)[:, None] / steps for n in (rows, cols))
         angles = torch.cat((down[:, None].expand(-1, cols, -1), across.expand(rows, -1, -1)), -1)
@@ -210,8 +195,8 @@ class QwenVL(Family):
         return x
 
     def features(self, crops: Tensor, geometry: Geometry) -> Tensor:
-        x, m = self.norm(self.tower(crops, geometry)), self.config.merge
-        return self.merger(parted(x, (m, m)).flatten(1)).unflatten(0, (-(-len(crops) // 2), -1))
+        x, m = self.ln_q(self.tower(crops, geometry)), self.config.merge
+        return self.mlp(parted(x, (m, m)).flatten(1)).unflatten(0, (-(-len(crops) // 2), -1))
 
     def join(self, features: Tensor, geometry: Geometry) -> Tensor:
         return features.flatten(0, 1)
@@ -230,8 +215,6 @@ class QwenVL(Family):
         sides = time, torch.arange(rows // m), torch.arange(cols // m)
         return torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)
 
-    # where they come from
-
     def spread(self, x: Tensor, geometry: Geometry, nowhere: Tensor) -> Tensor:
         """Of a pair, what its first frame has."""
         x, m = x[::2].unflatten(1, self.grid(geometry)), self.config.merge
@@ -241,8 +224,9 @@ class QwenVL(Family):
         """From the mean over the patches of a window; both frames of a pair get the same."""
         seen: list[Tensor] = []
         self.tower(crops, geometry, seen)
-        scores = torch.cat((seen[0], seen[-1]), dim=-1).flatten(1, 2)
-        return scores.repeat_interleave(2, dim=0)[: len(crops)]
+        return (
+            torch.cat((seen[0], seen[-1]), -1).flatten(1, 2).repeat_interleave(2, 0)[: len(crops)]
+        )
 
 
 # --- the tower ------------------------------------------------------------------------------------
@@ -287,36 +271,32 @@ class Attention(nn.Module):
 
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
-        self.num_heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width)
-        self.proj = Linear(config.width, config.width)
+        self.num_heads, width = config.heads, config.width
+        self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
 
-    def parts(self, x: Tensor, angles: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Queries, keys and values of windows [3, windows, H, n, D] of x [P, rows, cols, C]."""
+    def parts(self, x: Tensor, angles: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values of windows [3, windows, H, n, D] of x [P, rows, cols, C]; which
+        of the patches there are [windows, n]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [P, rows, cols, 3, H, D]
-        (a, b), cos, sin = qkv[..., :2, :, :].float().chunk(2, -1), angles.cos(), angles.sin()
-        cos, sin = cos[:, :, None, None], sin[:, :, None, None]
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-        qkv = torch.cat((turned, qkv[..., 2:, :, :]), dim=3).flatten(3)
-        return parted(qkv, shape).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        (a, b), turn = qkv[..., :2, :, :].float().chunk(2, -1), angles[:, :, None, None]
+        both = a * turn.cos() - b * turn.sin(), b * turn.cos() + a * turn.sin()
+        qkv = torch.cat((torch.cat(both, -1).to(x.dtype), qkv[..., 2:, :, :]), 3).flatten(3)
+        there = parted(torch.ones_like(x[..., :1]), shape)[..., 0] > 0
+        qkv = parted(qkv, shape).unflatten(-1, (3, self.num_heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4), there
 
     def forward(self, x: Tensor, angles: Tensor, shape: tuple[int, int]) -> Tensor:
-        q, k, v = self.parts(x, angles, shape)
-        mask = real(x, shape)[:, None, None] if q.shape[2] * len(q) > x[..., 0].numel() else None
+        (q, k, v), there = self.parts(x, angles, shape)
+        mask = there[:, None, None] if there.numel() > x[..., 0].numel() else None
         y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         return self.proj(joined(y, x, shape))
 
     def received(self, x: Tensor, angles: Tensor, shape: tuple[int, int]) -> Tensor:
         """[P, rows, cols, 1] float32, the mean over the patches of a window, summed over heads."""
-        (q, k, _), there = self.parts(x, angles, shape).float(), real(x, shape)
+        (q, k, _), there = self.parts(x, angles, shape)
         total = torch.zeros_like(there, dtype=torch.float32)
-        for some, asks in zip(q.split(ROWS, 2), there.split(ROWS, 1), strict=True):
-            scores = some @ k.mT / math.sqrt(q.shape[-1])
+        for some, asks in zip(q.float().split(ROWS, 2), there.split(ROWS, 1), strict=True):
+            scores = some @ k.float().mT / math.sqrt(q.shape[-1])
             scores = scores.masked_fill(~there[:, None, None], -torch.inf).softmax(-1)
             total += (scores * asks[:, None, :, None]).sum((1, 2))
         return joined((total / there.sum(1, keepdim=True))[..., None], x, shape)
-
-
-def real(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Which patches of x's windows are in the picture, [windows, n]."""
-    return parted(torch.ones_like(x[..., :1]), shape)[..., 0] > 0
