@@ -329,7 +329,7 @@ def _read_preprocessor(folder: Path) -> Section:
     for path in filter(os.path.exists, files):
         raw = read_json(path)
         raw = Section(raw, str(path)).section("image_processor").raw or raw
-        if not raw.keys().isdisjoint({"image_mean", "size", "max_pixels"}):
+        if not raw.keys().isdisjoint({"image_mean", "size", "min_pixels", "max_pixels"}):
             return Section(raw, str(folder))
     return Section({}, str(folder))
 

@@ -87,8 +87,8 @@ def read_25(file: Section, pre: Section) -> QwenConfig:
 def _read(c: Section, pre: Section, width: int, inner: int, out: int,
           acts: tuple[str, ...]) -> QwenConfig:  # fmt: skip
     """What both have."""
-    depth, heads = c.number("depth", most=1000), c.number("num_heads", most=1000)
-    patch, merge = c.number("patch_size", most=1000), c.number("spatial_merge_size", most=1000)
+    depth, heads, patch = (c.number(k, most=1000) for k in ("depth", "num_heads", "patch_size"))
+    merge = c.number("spatial_merge_size", most=2**12 // patch)
     if width % (4 * heads):
         raise c.fault(f"width {width} and num_heads {heads} do not fit: 4 must divide each head")
     for key, only in (("temporal_patch_size", 2), ("in_channels", 3), ("in_chans", 3)):
