@@ -239,7 +239,7 @@ def test_a_prefill_in_pieces_is_one(qwen: Made) -> None:
 
 
 def talk(held: Session) -> list[list[int]]:
-    return [held.ask(question, 10).tokens for question in QUESTIONS]
+    return [held.ask(question, 8).tokens for question in QUESTIONS]
 
 
 def alone(engine: Engine, inputs: Inputs, method: str) -> list[list[int]]:
@@ -248,7 +248,7 @@ def alone(engine: Engine, inputs: Inputs, method: str) -> list[list[int]]:
     pictures, videos = ([m for m in inputs.media if m.kind == kind] for kind in ("image", "video"))
     for question in QUESTIONS:
         said.append({"role": "user", "content": question})
-        result = engine.generate(engine.prepare(said, pictures, videos), method, 10)
+        result = engine.generate(engine.prepare(said, pictures, videos), method, 8)
         said.append({"role": "assistant", "content": result.text})
         out.append(result.tokens)
     return out
@@ -259,10 +259,10 @@ def held(engine: Engine, method: str, reuse: str) -> Session:
     return engine.session(asked.images, asked.videos, None, method=method, reuse=reuse)
 
 
-METHOD_OF_MEDIA = "hired:ratio=0.4"  # whatever is asked
+OF_MEDIA = "hired:ratio=0.4,renumber=True"  # chooses the same whatever is asked
 
 
-@pytest.mark.parametrize("method", ["dense", METHOD_OF_MEDIA, METHOD_OF_MEDIA + ",renumber=True"])
+@pytest.mark.parametrize("method", ["dense", OF_MEDIA])
 @pytest.mark.parametrize("reuse", ["first", "general", "media", "none"])
 def test_sessions_answer_as_whole_prompts(qwen: Made, method: str, reuse: str) -> None:
     one = held(qwen.engine, method, reuse)
@@ -297,7 +297,7 @@ def test_media_amid_the_words_of_a_session(qwen: Made, reuse: str) -> None:
     assert one.ask(words, 24).tokens == want.tokens
 
 
-@pytest.mark.parametrize("method", ["dense", METHOD_OF_MEDIA + ",renumber=True"])
+@pytest.mark.parametrize("method", ["dense", OF_MEDIA])
 def test_films(qwen: Made, method: str, tmp_path: Path) -> None:
     """Saved, opened and asked: a clip's times and the numbers behind it are in the file."""
     one = held(qwen.engine, method, "media")
