@@ -22,7 +22,7 @@ from zipvl import cli, page
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs, turned
 from zipvl.engine.sampler import Sampling
-from zipvl.engine.session import Session
+from zipvl.engine.session import GENERAL, Session
 from zipvl.engine.speed import GraphStep, StaticStep
 from zipvl.errors import UsageError
 from zipvl.model import batch as batches
@@ -295,6 +295,22 @@ def test_media_amid_the_words_of_a_session(qwen: Made, reuse: str) -> None:
     want = qwen.engine.generate(qwen.engine.prepare(words, video=asked.videos, frames=None),
                                 "dense", 24)  # fmt: skip
     assert one.ask(words, 24).tokens == want.tokens
+
+
+def test_a_general_question_has_its_own_ids(qwen: Made) -> None:
+    """What is kept of the media for it is what a prompt with it keeps."""
+    engine, policy = qwen.engine, load_policy("zipvl-stream:tau=0.8")
+    one = held(engine, "zipvl-stream:tau=0.8", "general")
+    one.ask("Why?", 4)
+    inputs = Asked(replace(MANY, words="<image><video>" + GENERAL[True])).prepare(engine)
+    inputs.media[:] = one.inputs.media
+    with torch.inference_mode():
+        out = engine.prefill([inputs], policy, 0, {}, ends=True)
+    for mine, whole in zip(one.held.caches, out.caches, strict=True):
+        slots = whole.before(one.held.read)
+        assert slots < one.held.read
+        for a, b in zip(mine.view(0), whole.view(0), strict=True):
+            assert torch.equal(a[:slots], b[:slots])
 
 
 @pytest.mark.parametrize("method", ["dense", OF_MEDIA])

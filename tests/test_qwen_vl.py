@@ -65,7 +65,7 @@ class Asked:
     def __init__(self, case: Case, seed: int = 0):
         rng = np.random.default_rng([seed, *map(ord, case.words)])
         self.images = [picture(rng, *size) for size in case.sizes]
-        self.videos = [np.stack([np.asarray(picture(rng, 90, 61)) for _ in range(n)])
+        self.videos = [np.stack([np.asarray(picture(rng, 150, 121)) for _ in range(n)])
                        for n in case.frames]  # fmt: skip
         self.words, self.text, media = case.words, case.words, []
         left = {"<image>": iter(self.images), "<video>": iter([(v, len(v)) for v in self.videos])}
@@ -311,8 +311,9 @@ def test_folders(made: Callable, kind: str, form: str, tmp_path: Path) -> None:
 
 
 def test_tied(tmp_path: Path) -> None:
-    """The 3B has one table; its files hold no head."""
-    tiny_qwen.build("Qwen2_5_VL", tmp_path, seed=2, tied=True)
+    """The 3B has one table; its files hold no head. And a tower whose positions turn faster."""
+    rope = {"rope_type": "axial", "rope_theta": 50.0}
+    tiny_qwen.build("Qwen2_5_VL", tmp_path, 2, tied=True, tower={"rope_parameters": rope})
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     oracle, asked = Oracle("Qwen2_5_VL", tmp_path), Asked(CASES["one"])
     engine = zipvl.load(tmp_path, device="cpu", dtype="float32")
@@ -450,7 +451,7 @@ def test_wrong_values_are_one_sentence(
     ({"max_pixels": 2**40}, "max_pixels is"),
     ({"size": {"shortest_edge": 9999, "longest_edge": 999}}, "max_pixels is 999"),
     ({"size": [1, 2]}, "size is"),
-    ({"max_pixels": 700}, "max_pixels is 700"),
+    ({"min_pixels": 9, "max_pixels": 700}, "max_pixels is 700"),  # less than a block
     ({"image_mean": [1, 2], "size": {}}, "image_mean is"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["preprocessor_config", "video_preprocessor_config"])
@@ -462,6 +463,19 @@ def test_wrong_settings_are_one_sentence(
     with pytest.raises(ModelError, match=sentence) as caught:
         read_config(written(tmp_path, HUB_7B, **{name: settings}))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_pictures_have_a_ceiling_of_patches(tmp_path: Path) -> None:
+    raw = HUB_7B | {"vision_config": HUB_7B["vision_config"] | {"patch_size": 1}}
+    with pytest.raises(ModelError, match="max_pixels is 1003520, .* from 3136 to 131072"):
+        read_config(written(tmp_path, raw))
+
+
+def test_a_guide_must_count_time_alike(qwen: Made) -> None:
+    one = qwen.engine.model.vision
+    for change in ({"pace": 9}, {"patch": 7}, {"frame": (784, 9999)}):
+        assert QwenVL(replace(one.config, **change), 64).cuts != one.cuts
+    assert QwenVL(replace(one.config, depth=1), 64).cuts == one.cuts
 
 
 def test_parts_that_do_not_fit_are_told(made: Callable, tmp_path: Path) -> None:

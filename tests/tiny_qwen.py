@@ -44,7 +44,7 @@ TOWERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 KINDS = tuple(TOWERS)
 PICTURE = {"shortest_edge": 4 * 784, "longest_edge": 40 * 784}
-FRAME = {"shortest_edge": 2 * 784, "longest_edge": 12 * 784}
+FRAME = {"shortest_edge": 2 * 784, "longest_edge": 9 * 784}
 MARK = re.compile("(" + "|".join(map(re.escape, (IMAGE, VIDEO))) + ")")
 Media = Sequence[Image.Image | tuple[np.ndarray, float]]  # pictures; frames and how long they last
 
