@@ -423,8 +423,8 @@ def test_bad_original_values(oracle: Callable, name: str, tmp_path: Path) -> Non
         ('{"a": 1' + "0" * 5000 + "}", "not readable JSON"),
         ("[1, 2]", "does not hold a JSON object"),
         ("null", "does not hold a JSON object"),
-        ('{"model_type": "bert"}', "'bert', which is not a LLaVA-family model"),
-        ('{"architectures": {"a": 1}}', "not a LLaVA-family model"),
+        ('{"model_type": "bert"}', "'bert', which zipvl does not load: it loads LLaVA-1.5"),
+        ('{"architectures": {"a": 1}}', "which zipvl does not load"),
         ("version https://git-lfs.github.com/spec/v1", "not readable JSON"),
     ],
 )

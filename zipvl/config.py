@@ -248,7 +248,7 @@ def read_text(file: Section, kind: Any, tied: bool) -> TextConfig:
         rms_norm_eps=c.positive("rms_norm_eps"),
         rope_theta=c.holding(c.raw | rope).positive("rope_theta"),
         rope_factor=c.holding(rope).positive("factor") if scaling == "linear" else 1.0,
-        rope_sections=_sections(c.holding(rope), head_dim),
+        rope_sections=_sections(c.holding(c.raw | rope), head_dim),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         tied=tied,

@@ -75,6 +75,20 @@ class SwiGLU(nn.Module):
         return F.silu(gate, inplace=True).mul_(up)
 
 
+class GatedMLP(nn.Module):
+    """Gate, up, down."""
+
+    def __init__(self, width: int, inner: int, bias: bool):
+        super().__init__()
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
+        self.act: nn.Module = SwiGLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm, computed in float32 and cast back before the weight."""
     h = x.float()

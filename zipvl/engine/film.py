@@ -37,7 +37,7 @@ from .run import ROOM, Runtime
 from .stats import LayerStats
 
 VERSION = 2
-CLIP = ("fps", "duration", "total", "decoder", "warning")  # of a Clip, beside its frames
+CLIP = ("fps", "duration", "span", "total", "decoder", "warning")  # of a Clip, beside its frames
 
 
 @dataclass

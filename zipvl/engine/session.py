@@ -245,8 +245,9 @@ class Turn(Run):
             rest = slice(read_length(asked), None)
             ids = torch.cat((ids, asked.input_ids[rest]))
             visual = torch.cat((visual, asked.is_visual[rest]))
-            if asked.turns is not None:
-                turns = asked.turns
+            if turns is not None:  # what is behind the media is text
+                behind = torch.arange(n, len(ids)) + inputs.ahead
+                turns = torch.cat((turns, behind.expand(3, -1)), dim=1)
         start = Inputs(ids, visual, inputs.media, turns, inputs.ahead)
         notes = engine.take_notes([start], self.policy, ROOM)
         out = engine.prefill([start], self.policy, ROOM, self.seconds, notes, ends=True)

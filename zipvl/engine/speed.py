@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..linear import Linear, RMSNorm
+from ..linear import GatedMLP, Linear, RMSNorm
 from ..model.attention import Attention
 from ..model.batch import Batch, Spans, ahead, moved, rope_table
 from ..model.cache import Cache
-from ..model.decoder import MLP, Decoder
+from ..model.decoder import Decoder
 from ..model.kernels import Attend, attend_sdpa, sdpa
 from ..model.vlm import VLM
 from ..policy import Notes, Policy
@@ -203,10 +203,10 @@ class Fused(nn.Module):
         return self.function(*inputs)
 
 
-class FusedMLP(MLP):
+class FusedMLP(GatedMLP):
     """In the place of the MLP `plain`: gate and up in one product."""
 
-    def __init__(self, plain: MLP, fused: ModuleType):
+    def __init__(self, plain: GatedMLP, fused: ModuleType):
         nn.Module.__init__(self)
         self.gate_proj, self.up_proj, self.down_proj = (
             plain.gate_proj, plain.up_proj, plain.down_proj,

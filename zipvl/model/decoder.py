@@ -15,26 +15,12 @@ from torch import Tensor, nn
 
 from ..config import TextConfig
 from ..errors import DAMAGED, ModelError
-from ..linear import Embedding, Linear, RMSNorm, SwiGLU, chunked
+from ..linear import Embedding, GatedMLP, RMSNorm, chunked
 from ..policy import Notes, Plan, Policy, PromptView, Trim, ask, ask_trim
 from .attention import Attention, Observer
 from .batch import Batch, Spans, join, sent
 from .cache import Cache, store_as
 from .kernels import Attend, attend_sdpa
-
-
-class MLP(nn.Module):
-    """Gate, up, down."""
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act: nn.Module = SwiGLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -43,7 +29,7 @@ class Block(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -21,12 +21,13 @@ from ..config import (
     ModelConfig,
     Section,
     VisionConfig,
+    optional_json,
     read_json,
     read_text,
     shown,
 )
 from ..errors import ModelError
-from ..vision import internvl
+from ..vision import internvl, qwen
 
 # Towers, as the classes of transformers 4 fill them in, and the public ones that checkpoints name.
 CLIP = {
@@ -62,9 +63,8 @@ HF_FAMILIES = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
 }
 HF_FAMILIES |= {family: family for family in HF_FAMILIES.values()}  # under its model_type
-MEDIA_TOKENS: dict[
-    str, tuple[int, int | None]
-] = {  # ids of a picture's and a video's placeholder where config.json leaves them out
+# ids of a picture's and a video's placeholder where config.json leaves them out
+MEDIA_TOKENS: dict[str, tuple[int, int | None]] = {
     "llava": (32000, None),  # no video token: its frames stand under the picture's
     "llava_next": (32000, None),
     "llava_next_video": (32001, 32000),
@@ -84,6 +84,8 @@ class Other:
     read: Callable[[Section, Section], Any]  # its record, of config.json and processor settings
     decoder: str  # the usual one
     tokens: tuple[int, int | None]  # usual ids of a picture's and a video's; None: the same one
+    usual: dict[str, Any] = field(default_factory=dict)  # what its class fills in where that
+    #   differs from this decoder's own
     markers: dict[str, str] = field(default_factory=dict)  # as ModelConfig says
     around: tuple[str, str] = ("", "")
 
@@ -95,8 +97,22 @@ INTERN = Other(
     tokens=(151667, None),
     markers={"video": "<video>"},
 )
+QWEN = Other(
+    family="qwen2_vl",
+    read=qwen.read,
+    decoder="qwen2",
+    usual={
+        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "rope_theta": 1e6,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5, "mrope_section": [16, 24, 24],
+    },
+    tokens=(151655, 151656),
+    around=("<|vision_start|>", "<|vision_end|>"),
+)  # fmt: skip
 OTHERS: dict[str, Other] = {  # by architecture
     "InternVLForConditionalGeneration": INTERN,
+    "Qwen2VLForConditionalGeneration": QWEN,
+    "Qwen2_5_VLForConditionalGeneration": replace(QWEN, family="qwen2_5_vl", read=qwen.read_25),
 }
 OTHERS |= {other.family: other for other in OTHERS.values()}  # under its model_type
 
@@ -111,8 +127,9 @@ def read_config(folder: Path) -> ModelConfig:
     if "mm_vision_tower" in file.raw:
         return _read_original(folder, file)
     raise ModelError(
-        f"{file.where} describes {shown(_architecture(file))}, which is not a LLaVA-family model: "
-        "zipvl loads LLaVA-1.5, NeXT, NeXT-Video, OneVision, LongVA, InternVL3 and 3.5"
+        f"{file.where} describes {shown(_architecture(file))}, which zipvl does not load: it loads "
+        "LLaVA-1.5, NeXT, NeXT-Video, OneVision, LLaVA-Video and LongVA, InternVL3 and 3.5, Qwen2-VL "
+        "and Qwen2.5-VL"
     )
 
 
@@ -174,6 +191,7 @@ def _read_hf(folder: Path, file: Section) -> ModelConfig:
 def _read_other(folder: Path, file: Section, other: Other) -> ModelConfig:
     nested = file.get("text_config") is not None  # else the decoder's keys stand beside the tower's
     text = file.section("text_config") if nested else file
+    text = text.holding(other.usual | text.raw)
     kind = text.get("model_type", other.decoder)
     if str(kind).startswith(other.family):  # as qwen2_vl_text
         kind = other.decoder
@@ -182,7 +200,7 @@ def _read_other(folder: Path, file: Section, other: Other) -> ModelConfig:
     image, video = _media_tokens(file, other.tokens)
     return ModelConfig(
         text=decoder,
-        vision=other.read(file, _read_preprocessor(folder)),
+        vision=other.read(file, _read_processors(folder)),
         family=other.family,
         layout="hf",
         image_token=image,
@@ -328,9 +346,18 @@ def _read_preprocessor(folder: Path) -> Section:
     for path in filter(os.path.exists, files):
         raw = read_json(path)
         raw = Section(raw, str(path)).section("image_processor").raw or raw
-        if "image_mean" in raw or "size" in raw:
+        if not raw.keys().isdisjoint({"image_mean", "size", "min_pixels", "max_pixels"}):
             return Section(raw, str(folder))
     return Section({}, str(folder))
+
+
+def _read_processors(folder: Path) -> Section:
+    """Image-processor settings, and under `video_processor` those of videos, from a file of their
+    own (v4) or processor_config.json (v5)."""
+    image, nested = _read_preprocessor(folder), folder / "processor_config.json"
+    video = optional_json(folder / "video_preprocessor_config.json")
+    video = video or Section(optional_json(nested), str(nested)).section("video_processor").raw
+    return image.holding(image.raw | {"video_processor": video})
 
 
 def _read_pixels(pre: Section, vision: VisionConfig) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from ..linear import Linear
 from ..vision.family import Family
 from ..vision.internvl import InternConfig, InternVL
 from ..vision.llava import Llava
+from ..vision.qwen import QwenConfig, QwenVL
 from .decoder import Decoder
 
 FAMILIES: dict[type, type[Family]] = {  # by the record of config.vision
     LlavaConfig: Llava,
     InternConfig: InternVL,
+    QwenConfig: QwenVL,
 }
 
 

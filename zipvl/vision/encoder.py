@@ -142,9 +142,9 @@ def received(q: Tensor, k: Tensor, asks: slice) -> Tensor:
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, inside: int, act: str) -> None:
+    def __init__(self, width: int, inner: int, act: str) -> None:
         super().__init__()
-        self.fc1, self.fc2 = Linear(width, inside), Linear(inside, width)
+        self.fc1, self.fc2 = Linear(width, inner), Linear(inner, width)
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:

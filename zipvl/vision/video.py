@@ -36,6 +36,7 @@ class Clip:
     times: tuple[float, ...]  # [F] seconds from the first frame of the source
     fps: float  # average frame rate of the source
     duration: float  # of the source, seconds
+    span: float  # seconds of it that the frames are spread over: all, or from start to end
     total: int  # frames in the source
     decoder: str  # pyav | decord | array
     warning: str = ""  # one line when something was repaired or is not as it was asked for
@@ -82,6 +83,8 @@ class Reading:
             )
         self.index, self.progress, self.notes = index, progress, [index.note]
         self.targets = sample(index.times, frames, fps, start, end)  # rows of the frames that come
+        first, last = interval(index.times, start, end)
+        self.span = (last - first + 1) * index.duration / len(index.times)
         if len(self.targets) > MAX_FRAMES:
             raise UsageError(
                 f"{len(self.targets)} frames of {index.name} are asked for, at most {MAX_FRAMES} "
@@ -138,6 +141,7 @@ class Reading:
             times=tuple(index.times[rows].tolist()),
             fps=len(index.times) / index.duration,
             duration=index.duration,
+            span=self.span,
             total=len(index.times),
             decoder=self.decoder,
             warning="; ".join(filter(None, [self._repairs(), *self.notes])),
@@ -171,10 +175,7 @@ def sample(
     two frames gives the one on screen. UsageError for impossible values.
     """
     _check(frames, fps, start, end)
-    first = 0 if start is None else bisect_left(times, start - SLACK)
-    last = len(times) - 1 if end is None else bisect_right(times, end + SLACK) - 1
-    if last < first:
-        first = last = max(0, min(first, last))
+    first, last = interval(times, start, end)
     rows = np.arange(first, last + 1)
     if fps is not None:
         stamps = np.asarray(times[first : last + 1], dtype=float) - times[first]
@@ -185,6 +186,17 @@ def sample(
     if frames is not None and (fps is None or len(rows) > frames):
         rows = np.linspace(first, last, min(frames, last - first + 1), dtype=int)
     return rows.tolist()
+
+
+def interval(
+    times: Sequence[float] | np.ndarray, start: float | None, end: float | None
+) -> tuple[int, int]:
+    """The first and the last row of `times` within [start, end], or the one on screen then."""
+    first = 0 if start is None else bisect_left(times, start - SLACK)
+    last = len(times) - 1 if end is None else bisect_right(times, end + SLACK) - 1
+    if last < first:
+        first = last = max(0, min(first, last))
+    return first, last
 
 
 def _check(frames: int | None, fps: float | None, start: float | None, end: float | None) -> None:
