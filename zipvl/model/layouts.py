@@ -1,4 +1,5 @@
-"""The two layouts of LLaVA checkpoints, told apart by config keys, never by the folder's name:
+"""Which model a checkpoint is, told by config keys, never by the folder's name. The LLaVAs come in
+two layouts, other families (OTHERS) in that of Hugging Face:
 
 HF layout        config.json has `text_config` / `vision_config`   (llava-hf/...)
 original layout  config.json has `mm_vision_tower`                 (liuhaotian/..., lmms-lab/...)
@@ -63,8 +64,7 @@ HF_FAMILIES = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
 }
 HF_FAMILIES |= {family: family for family in HF_FAMILIES.values()}  # under its model_type
-# ids of a picture's and a video's placeholder where config.json leaves them out
-MEDIA_TOKENS: dict[str, tuple[int, int | None]] = {
+MEDIA_TOKENS: dict[str, tuple[int, int | None]] = {  # a picture's and a video's, where unsaid
     "llava": (32000, None),  # no video token: its frames stand under the picture's
     "llava_next": (32000, None),
     "llava_next_video": (32001, 32000),
@@ -128,8 +128,8 @@ def read_config(folder: Path) -> ModelConfig:
         return _read_original(folder, file)
     raise ModelError(
         f"{file.where} describes {shown(_architecture(file))}, which zipvl does not load: it loads "
-        "LLaVA-1.5, NeXT, NeXT-Video, OneVision, LLaVA-Video and LongVA, InternVL3 and 3.5, Qwen2-VL "
-        "and Qwen2.5-VL"
+        "LLaVA-1.5, NeXT, NeXT-Video, OneVision, LLaVA-Video, LongVA, InternVL3 and 3.5, "
+        "Qwen2-VL and Qwen2.5-VL"
     )
 
 
