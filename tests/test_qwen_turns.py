@@ -1,5 +1,5 @@
 """Rotary ids that are no positions, on every way through the engine: methods that drop, batches,
-chunks, sessions, films, static steps. Text in place of places would be silently wrong everywhere."""
+chunks, sessions, films, static steps. A place taken for an id would be silently wrong."""
 
 import io
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs, turned
 from zipvl.engine.sampler import Sampling
 from zipvl.engine.session import GENERAL, Session
-from zipvl.engine.speed import GraphStep, StaticStep
+from zipvl.engine.speed import StaticStep
 from zipvl.errors import UsageError
 from zipvl.model import batch as batches
 from zipvl.model.decoder import Decoder
@@ -136,7 +136,7 @@ def test_methods_know_the_order_alone(
     monkeypatch.setattr(batches, "rope_table", flat)
     for given in (inputs, replace(inputs, turns=None, ahead=0)):
         seen = Seen(load_policy(method, **NEEDS.get(method, {})))
-        tokens = engine.generate(given, seen, 8, ignore_eos=True).tokens
+        tokens = engine.generate(given, seen, 4, ignore_eos=True).tokens
         started = [] if seen.started.stream is None else [seen.started]
         found.append((tokens, [*started, *seen.plans, *seen.steps], seen.places))
     (tokens, plans, places), (others, same, again) = found
@@ -213,7 +213,6 @@ def test_static_steps(qwen: Made, method: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(qwen.engine, "step", StaticStep)
     got = qwen.engine.generate(inputs, method, 20, ignore_eos=True)
     assert [r.tokens for r in got] == [r.tokens for r in want]
-    assert GraphStep.__mro__[1] is StaticStep
 
 
 @torch.inference_mode()
@@ -278,7 +277,7 @@ def test_sessions_answer_as_whole_prompts(qwen: Made, method: str, reuse: str) -
 def test_64_tokens_of_a_session(qwen: Made) -> None:
     case = CASES["9 frames"]
     asked, wanted = Asked(case, 1), qwen.oracle.greedy(Asked(case, 1).given(qwen.oracle))
-    for reuse in ("media", "general", "first"):
+    for reuse in ("media", "first"):
         one = qwen.engine.session([], asked.videos, None, method="dense", reuse=reuse)
         for _ in range(2):
             turn = one.turn([{"role": "user", "content": case.words}], Sampling())
