@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_intern
+import tiny_qwen
 from PIL import Image
 from video_files import encode, pictures
 
@@ -25,7 +27,12 @@ STANDS_FOR = {  # part of a hub id -> tiny checkpoint
     "llava-onevision-qwen2-7b": "llava_onevision",
     "LLaVA-Video": "original_video",
     "LongVA": "original_longva",
+    "InternVL3-": "intern:intern3",
+    "InternVL3_5": "intern:intern35",
+    "Qwen2-VL": "qwen:Qwen2VL",
+    "Qwen2.5-VL": "qwen:Qwen2_5_VL",
 }
+FAMILIES = {"intern": tiny_intern, "qwen": tiny_qwen}  # those with tests of their own
 COMMAND = re.compile(r"python generate\.py [^\n`|]*")
 
 
@@ -60,10 +67,17 @@ def test_command(
     if "-m" in words:
         i = words.index("-m") + 1
         kind = next(kind for part, kind in STANDS_FOR.items() if part in words[i])
-        words[i] = str(oracle(kind).folder)
+        family, _, name = kind.rpartition(":")
+        if family:
+            FAMILIES[family].build(name, tmp_path / "model")
+        words[i] = str(tmp_path / "model" if family else oracle(kind).folder)
     else:
         words += ["-m", str(oracle("llava_onevision").folder)]
     if "--frames" in words:
         words[words.index("--frames") + 1] = "4"
+    if "--open" in words:  # what the command before it on its page has saved
+        encode(tmp_path / "seen.mp4", pictures(6), ["-c:v", "libx264"])
+        kept = ["-v", "seen.mp4", "--frames", "4", "-p", "What?", "--max-new-tokens", "2", "--save"]
+        assert generate.main([*kept, words[words.index("--open") + 1], *words[-2:]]) == 0
     assert generate.main([*words, "--max-new-tokens", "2"]) == 0
     assert capsys.readouterr().out.strip()
