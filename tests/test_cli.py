@@ -1298,7 +1298,7 @@ def test_chat_on_a_real_terminal(files: Path, monkeypatch: pytest.MonkeyPatch) -
     for _ in range(20):  # a signal between the prompt and the read that waits for a line is late
         child.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=3)
+            child.wait(timeout=1)
             break
     assert child.returncode == 130
     os.close(master)

@@ -562,7 +562,14 @@ LONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*LONG, *(name for name in FILES if name.endswith("mp4"))])
+SHORT = ("h264.mp4", "late.mp4", "longgop.mp4", "one.mp4", "trimmed_end.mp4")  # some, each time
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*LONG, *(n if n in SHORT else pytest.param(n, marks=pytest.mark.slow)
+              for n in FILES if n.endswith("mp4"))],
+)  # fmt: skip
 def test_a_part_of_a_long_movie_is_read_as_from_the_whole(
     video: Video, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
