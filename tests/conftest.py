@@ -1,7 +1,9 @@
 """Settings and fixtures of the whole suite: tiny checkpoints, each built once, when first asked for."""
 
+import gc
 import os
 import signal
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["OMP_NUM_THREADS"] = "1"  # one thread a test process, and its children
@@ -13,11 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 
+gc.disable()  # until all is collected: importing makes millions of objects that stay
+sys.dont_write_bytecode = False  # else every process compiles the package anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def pytest_configure() -> None:
     """A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # no later collection looks at modules and tests again
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
