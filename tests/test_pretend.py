@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_intern
+import tiny_qwen
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -487,6 +489,26 @@ def test_without_kernels_of_ours(method: str, dtype: str, layers: int, kernels: 
         assert answers(engine, method) == wanted(method, layers)
         assert not card.kernels["triton"]
         assert bool(card.kernels["graph"]) == (kernels == "auto")
+
+
+@pytest.mark.parametrize("family", ["qwen", "intern"])
+def test_other_families(card: Card, family: str, tmp_path: Path) -> None:
+    """Rotary ids in three rows, heads that are normed, text between frames; by a graph, too."""
+    if family == "qwen":
+        tiny_qwen.build("Qwen2_5_VL", tmp_path)
+    else:
+        tiny_intern.build("intern35", tmp_path)
+    both = [zipvl.load(tmp_path, device=d, dtype="float32") for d in ("cuda", "cpu")]
+    for method in ("dense", "zipvl:tau=0.8,recent=8,random=8", "hired:ratio=0.5"):
+        got, want = (answers(engine, method) for engine in both)
+        assert got == want
+        assert len({tuple(tokens) for tokens in want}) > 1
+    assert card.kernels["graph"]
+    inputs = [asked(engine)[0] for engine in both]
+    got, want = (engine.logits(i, "zipvl") for engine, i in zip(both, inputs, strict=True))
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
+    if family == "qwen":
+        assert all(i.ahead for i in inputs)
 
 
 @pytest.mark.parametrize(

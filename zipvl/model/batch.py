@@ -175,7 +175,7 @@ def rope_table(turns: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[T
     by_pair = turns[:, None]  # [T, 1]
     if turns.ndim == 2:
         rows = [row for row, pairs in enumerate(config.rope_sections) for _ in range(pairs)]
-        by_pair = torch.cat([turns[row : row + 1] for row in rows]).T  # [T, D/2]
+        by_pair = torch.stack([turns[row] for row in rows], dim=1)  # [T, D/2]
     angles = by_pair[:, None].float() * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
