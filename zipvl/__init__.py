@@ -1,4 +1,4 @@
-"""zipvl: the reference engine of ZipVL (arXiv 2410.08584) for LLaVA-family models.
+"""zipvl: the reference engine of ZipVL (arXiv 2410.08584) for LLaVA, InternVL and Qwen-VL.
 
 All names but the errors load on first use: the engine imports torch, which takes seconds, and
 neither `zipvl --help` nor a mistyped option should wait for it.

@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m zipvl" if called == "__main__.py" else called,
         usage="%(prog)s [-m MODEL] [-v FILE] [-i FILE] [-p TEXT] [options]\n"
         "       %(prog)s serve [options]    (the same over HTTP: docs/serve.md)",
-        description="Ask a LLaVA-family model about pictures and videos: "
+        description="Ask a vision-language model about pictures and videos: "
         '%(prog)s -v clip.mp4 -p "What happens?"',
         allow_abbrev=False,
         formatter_class=Help,
