@@ -25,9 +25,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from zipvl.config import MediaConfig
 from zipvl.errors import MediaError
-from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS
+from zipvl.model.layouts import HALF, NEXT_PINPOINTS
 from zipvl.vision import llava
-from zipvl.vision.family import Geometry, normalise
+from zipvl.vision.family import CLIP_MEAN, CLIP_STD, Geometry, normalise
 from zipvl.vision.llava import best_canvas, crops, fit_frame, plan
 from zipvl.vision.source import FORMATS, MAX_PIXELS, check_image, open_image, opened_image
 

@@ -26,9 +26,9 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from zipvl.config import LlavaConfig, MediaConfig, VisionConfig
 from zipvl.errors import ModelError
-from zipvl.model.layouts import CLIP_MEAN, CLIP_STD, HALF, NEXT_PINPOINTS, ONEVISION_PINPOINTS
+from zipvl.model.layouts import HALF, NEXT_PINPOINTS, ONEVISION_PINPOINTS
 from zipvl.vision.encoder import VisionTower, projector
-from zipvl.vision.family import Geometry
+from zipvl.vision.family import CLIP_MEAN, CLIP_STD, Geometry
 from zipvl.vision.llava import (
     Llava,
     merge_image,

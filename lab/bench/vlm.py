@@ -10,8 +10,9 @@ from zipvl.config import LlavaConfig, MediaConfig, ModelConfig, Section
 from zipvl.engine.engine import Engine
 from zipvl.model import backends
 from zipvl.model.chat import Chat
-from zipvl.model.layouts import CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M, read_vision
+from zipvl.model.layouts import CLIP_L_336, SIGLIP_SO400M, read_vision
 from zipvl.model.vlm import VLM
+from zipvl.vision.family import CLIP_MEAN, CLIP_STD
 
 from .model import fill, text_config
 

@@ -301,7 +301,7 @@ def test_bank_rows_belong_to_their_group(fresh: VLM) -> None:
     assert group(Thing("9", NAMES[-1])) == 143
     tiles = torch.randint(0, 255, (4, 3, 128, 128)).byte()
     covered, rng = torch.nn.Linear(128, 1), torch.Generator().manual_seed(0)
-    built = build(fresh.vision, covered, tiles, 1, checkpoint.SIDE, rng, clutter=True)
+    built = build(fresh.vision.tower, covered, tiles, 1, checkpoint.SIDE, rng, clutter=True)
     assert built.features.shape == (144 + 24 + 2, GRID * GRID, 128)
     surest = covered(built.features.float()).amax(dim=(1, 2))
     assert surest[-2:].min() > surest[144:-2].quantile(0.9)

@@ -29,6 +29,7 @@ from ..config import (
 )
 from ..errors import ModelError
 from ..vision import internvl, qwen
+from ..vision.family import CLIP_MEAN, CLIP_STD
 
 # Towers, as the classes of transformers 4 fill them in, and the public ones that checkpoints name.
 CLIP = {
@@ -37,7 +38,6 @@ CLIP = {
 }  # fmt: skip
 SIGLIP = CLIP | {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}
 TOWERS: dict[str, dict[str, Any]] = {"clip": CLIP, "siglip": SIGLIP}
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 CLIP_L_336 = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .video import Clip
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 Placed = list[str | int]  # what stands for a medium: text, and runs of so many visual tokens
 
 

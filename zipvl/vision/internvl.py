@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from ..config import Section
 from ..linear import Linear, RMSNorm
 from .encoder import ACTIVATIONS, MLP, received
-from .family import Family, Geometry, Media, Placed, normalise
+from .family import CLIP_MEAN, CLIP_STD, Family, Geometry, Media, Placed, normalise
 
 BICUBIC = Image.Resampling.BICUBIC
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CROP_TOKENS, CROPS, PIXELS, TOKENS = 2**14, 2**8, 2**26, 2**18  # patches of a crop; of one picture
 NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 

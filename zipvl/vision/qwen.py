@@ -24,7 +24,7 @@ from ..config import Section
 from ..errors import MediaError, ModelError
 from ..linear import GatedMLP, Linear, RMSNorm
 from .encoder import ACTIVATIONS, MLP
-from .family import Family, Geometry, Media, normalise
+from .family import CLIP_MEAN, CLIP_STD, Family, Geometry, Media, normalise
 
 LONGEST, PIXELS, PATCHES = 200, 2**24, 2**17  # of a crop: longer by shorter side, and in all
 ROWS = 256  # of attention at a time, where somebody asks who received it
@@ -36,7 +36,6 @@ USUAL_25 = USUAL | {
     "intermediate_size": 3420, "out_hidden_size": 3584, "hidden_act": "silu", "window_size": 112,
     "tokens_per_second": 4, "fullatt_block_indexes": [7, 15, 23, 31],
 }  # fmt: skip
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PICTURE, FRAME = (56 * 56, 1280 * 28 * 28), (128 * 28 * 28, 768 * 28 * 28)  # pixels
 
 
@@ -96,7 +95,8 @@ def _read(c: Section, pre: Section, width: int, inner: int, out: int,
     rope = c.holding({"rope_theta": 1e4} | c.section("rope_parameters").raw)
     return QwenConfig(
         depth, width, inner, heads, c.choice("hidden_act", acts), out, patch, merge,
-        rope.positive("rope_theta"), pre.colours("image_mean", MEAN), pre.colours("image_std", STD),
+        rope.positive("rope_theta"), pre.colours("image_mean", CLIP_MEAN),
+        pre.colours("image_std", CLIP_STD),
         _read_range(pre, PICTURE, patch, merge),
         _read_range(pre.section("video_processor"), FRAME, patch, merge),
     )  # fmt: skip
