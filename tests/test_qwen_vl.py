@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Qwen2VLImageProcessorPil
 
 import zipvl
+from zipvl import page
 from zipvl.config import Section
 from zipvl.engine.engine import Engine
 from zipvl.engine.inputs import Inputs
@@ -494,3 +495,21 @@ def test_parts_that_do_not_fit_are_told(made: Callable, tmp_path: Path) -> None:
     written(tmp_path, raw)
     with pytest.raises(ModelError, match=r"config\.json: the tower makes tokens of 60 numbers"):
         zipvl.load(tmp_path, device="cpu")
+
+
+def test_two_frames_that_share_tokens_are_one_on_the_page(qwen: Made) -> None:
+    """The first of each pair is shown, with all tokens of both."""
+    inputs = qwen.engine.prepare("What?", video=picture_frames(5), frames=5)
+    panel = page.panels(inputs, qwen.engine.model.vision, [None])[0]
+    assert panel.title == "Video 1: 5 frames, 3 shown"
+    assert panel.labels == ["0:00.0", "0:02.0", "0:04.0"]
+    assert len(panel.pictures) == 3
+    medium = inputs.media[0]
+    assert np.array_equal(np.asarray(panel.pictures[1]), medium.crops[2].numpy())
+    assert sorted(panel.tokens.flatten()) == inputs.is_visual.nonzero()[:, 0].tolist()
+    assert panel.frame.tolist() == sorted(panel.frame.tolist())
+    assert set(panel.frame.tolist()) == {0, 1, 2}
+
+
+def picture_frames(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, 60, 80, 3), dtype=np.uint8)

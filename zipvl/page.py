@@ -118,14 +118,20 @@ def panels(inputs: Inputs, family: Family, videos: list[Reading | None]) -> list
         spots = places(medium, family)
         crops = medium.crops.numpy()
         if medium.clip:
-            reading, times = next(readings, None), medium.clip.times
-            shown = np.linspace(0, len(times) - 1, min(MOST, len(times)), dtype=int)
-            some = "" if len(shown) == len(times) else f", {len(shown)} shown"
-            title = f"Video {number}: {len(times)} frames{some}"
+            known = ~np.isnan(
+                spots[:, 0]
+            )  # where two frames share tokens, the first stands for both
+            frames, spots[known, 0] = np.unique(spots[known, 0], return_inverse=True)
+            frames, reading = frames.astype(int), next(readings, None)
+            shown = np.linspace(0, len(frames) - 1, min(MOST, len(frames)), dtype=int)
+            count = len(medium.clip.times)
+            some = "" if len(shown) == count else f", {len(shown)} shown"
+            title = f"Video {number}: {count} frames{some}"
+            times = [medium.clip.times[i] for i in frames]
             labels = [f"{t // 60:.0f}:{t % 60:04.1f}" for t in times]
             whole = len(crops) > 0
-            pictures = [crops[i] for i in shown if whole] or again(
-                reading, shown, family, medium.geometry
+            pictures = [crops[i] for i in frames[shown] if whole] or again(
+                reading, frames[shown], family, medium.geometry
             )
             out.append(panel(title, spots, mine, shown, labels, pictures))
         else:
