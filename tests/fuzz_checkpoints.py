@@ -63,7 +63,35 @@ CHECKPOINTS = {
         "LlavaQwen", image_aspect_ratio="anyres", image_grid_pinpoints=CANVASES,
         mm_patch_merge_type="unires", tie_word_embeddings=True,
     ),
+    "intern": hf(
+        "InternVL", "qwen3", {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "image_size": [28, 28], "patch_size": [14, 14]},
+    ),
+    "qwen": hf(
+        "Qwen2_5_VL", "qwen2", {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+        "out_hidden_size": 16, "window_size": 56, "fullatt_block_indexes": [1]},
+    ),
 }  # fmt: skip
+TURNS = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+CHECKPOINTS["qwen"]["text_config"] |= TURNS
+WRITTEN = {  # how files call what the model calls otherwise
+    "intern": {
+        "vision.tower.": "vision_tower.", "vision.projector.0.": "multi_modal_projector.layer_norm.",
+        "vision.projector.1.": "multi_modal_projector.linear_1.",
+        "vision.projector.3.": "multi_modal_projector.linear_2.",
+    },
+    "qwen": {"vision.": "visual."},
+    "": {
+        "vision.tower.": "vision_tower.vision_model.", "vision.projector.": "model.mm_projector.",
+        "vision.newline": "image_newline",
+    },
+}  # fmt: skip
+
+
+def written(name: str, family: str) -> str:
+    for ours, theirs in WRITTEN.get(family, WRITTEN[""]).items():
+        name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+    return name
 
 
 def build_checkpoints(root: Path) -> None:
@@ -75,13 +103,11 @@ def build_checkpoints(root: Path) -> None:
             (folder / "chat_template.jinja").unlink()
             (folder / "tower").mkdir()
             (folder / "tower" / "config.json").write_text(json.dumps(CLIP))
+        if name == "intern":  # whose processor must fit its tower
+            (folder / "preprocessor_config.json").write_text('{"max_patches": 3}')
         torch.manual_seed(0)
-        tensors = {
-            name.replace("vision.tower.", "vision_tower.vision_model.").replace(
-                "vision.projector.", "model.mm_projector."
-            ).replace("vision.newline", "image_newline"): tensor.detach().clone()
-            for name, tensor in VLM(read_config(folder)).state_dict().items()
-        }  # fmt: skip
+        state = VLM(read_config(folder)).state_dict()
+        tensors = {written(k, name): tensor.detach().clone() for k, tensor in state.items()}
         if name == "next":  # in two files
             (folder / "model.safetensors").unlink()
             half = {k: f"model-{i % 2}.safetensors" for i, k in enumerate(tensors)}
@@ -196,6 +222,7 @@ def config(rng: Random, base: Path) -> Files:
         "identity",
     )
     kinds += ("linear", "mlp9999x_gelu", "mlp3x_gelu", "openai/clip-vit-large-patch14-336")
+    kinds += ("qwen3", "mrope", "rms_norm", "silu")
     return {name: retell(rng, (base / name).read_bytes(), kinds)}
 
 
