@@ -469,7 +469,9 @@ def test_same_seed_in_two_processes(engine: Engine, folder: Path) -> None:
         "import json, sys, torch, zipvl; torch.rand(3); torch.set_num_threads(2);"
         "e = zipvl.load(sys.argv[1]);"
         "print(json.dumps([e.generate('What happens?', **json.loads(sys.argv[2])).tokens"
-        " for _ in range(2)]))"
+        " for _ in range(2)]));"
+        "v = zipvl.load(device='cpu').prepare('What?', video=str(zipvl.demo_clip()), frames=4);"
+        "assert 'sympy' not in sys.modules, 'PyTorch has imported its compiler: a second of each start'"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder), json.dumps(options)],

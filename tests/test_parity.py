@@ -359,7 +359,8 @@ def test_logits_of_16000_tokens(factor: float | None) -> None:
         num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope,
         max_position_embeddings=32768, tie_word_embeddings=False,
     )).eval()  # fmt: skip
-    ours = Decoder(TextConfig("qwen2", 97, 64, 96, 3, 4, 2, 16, 1e-6, 1e6, factor or 1.0, True))
+    ours = Decoder(TextConfig("qwen2", 97, 64, 96, 3, 4, 2, 16, 1e-6, 1e6, factor or 1.0,
+                              qkv_bias=True))  # fmt: skip
     ours.load_state_dict(theirs.model.state_dict())
     ids = torch.randint(97, (16_000,))
     want = theirs(ids[None]).logits[0]

@@ -148,7 +148,8 @@ def measure(shape: str, tokens: int, method: str, device: str, dtype: str, attn:
     """One prefill in this process, which must have done nothing else."""
     kind = DTYPES[dtype]
     warm_up = Model("tiny", device, kind, attn, None)
-    warm_up.prefill(torch.zeros(1024, dtype=torch.long, device=device), method, ROOM)
+    with Allocated():  # which brings PyTorch's compiler with it
+        warm_up.prefill(torch.zeros(1024, dtype=torch.long, device=device), method, ROOM)
     restart_peak(warm_up.device)
     before = peak(warm_up.device)
     model = Model(shape, device, kind, attn, layers)

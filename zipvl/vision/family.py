@@ -9,7 +9,7 @@ vision/llava.py has the LLaVAs; each other family is a file of its own (docs/add
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -128,8 +128,15 @@ class Family(nn.Module):
         return rows * cols
 
     def count(self, geometry: Geometry) -> int:
-        """Visual tokens of a medium: what spread() gives, on tensors without memory."""
-        x = torch.empty(geometry.crops, self.patches(geometry), 1, device="meta")
+        """Visual tokens of a medium: as many as spread() gives. Of a video it is asked about a few
+        frames, for every two more add as many. (On tensors without memory PyTorch would import its
+        compiler for this, a second of every start.)"""
+        few = min(geometry.frames, 2 - geometry.frames % 2)  # 1 or 2; 0 of a picture
+        least, more = (self._tokens(replace(geometry, frames=n)) for n in (few, few and few + 2))
+        return least + (geometry.frames - few) // 2 * (more - least)
+
+    def _tokens(self, geometry: Geometry) -> int:
+        x = torch.zeros(geometry.crops, self.patches(geometry), 1)
         return len(self.spread(x, geometry, x[0, 0]))
 
     def encode(self, crops: Tensor, geometry: Geometry, batch: int = 16,
