@@ -20,6 +20,7 @@ import torch
 from fuzz_damage import retell
 from methods.untrained import NEEDS
 from test_layouts import refused, write
+from test_page import FEW
 from test_parity import CASES, Asked, Case, check, close, picture
 from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionConfig
@@ -516,7 +517,9 @@ def spans(visual: Tensor) -> int:
     return int((visual.int().diff() == 1).sum())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_every_method(engine: Callable, method: str) -> None:
     """A video in three spans and a picture: as many tokens as asked for, in a batch as alone."""
     own, policy = engine("intern35"), load_policy(method, **NEEDS.get(method, {}))

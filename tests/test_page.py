@@ -384,7 +384,7 @@ def test_hostile_text_stays_text(tab: Any) -> None:
     ("method", "sliders", "says"),
     [
         ("zipvl-stream:tau=0.5,always=last", ["layer"], "Tokens that took part in attention"),
-        ("dense", [], "Keeps all tokens in every layer."),
+        pytest.param("dense", [], "Keeps all tokens in every layer.", marks=pytest.mark.slow),
     ],
 )
 def test_text_alone(engine: Engine, shown: Path, tmp_path: Path, method: str,
@@ -402,7 +402,9 @@ def test_text_alone(engine: Engine, shown: Path, tmp_path: Path, method: str,
         assert tab.evaluate("document.querySelectorAll('.layers span.now').length") == 1
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"), [pytest.param(1280, False, marks=pytest.mark.slow), (360, True)]
+)
 def test_narrow_wide_light_and_dark(shown: Path, width: int, dark: bool) -> None:
     with opened(shown, width, 740, dark) as tab:
         assert tab.evaluate("document.documentElement.scrollWidth") <= width

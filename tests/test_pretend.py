@@ -439,7 +439,7 @@ ALIKE = (  # to zipvl or snapkv, as far as attention can tell
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(m, marks=pytest.mark.slow) if m.startswith(ALIKE) or m in NEWER else m
+        SLOW(m) if m.startswith((*ALIKE, f"{ZIPVL},fill", "h2o", "kivi")) or m in NEWER else m
         for m in SETTINGS + NEWER
     ],
 )

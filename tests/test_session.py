@@ -78,7 +78,12 @@ def test_dense_answers_are_those_of_whole_prompts(
     assert [m["content"] for m in held.talk[1::2]] == answers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+RARE = ("llava_onevision_tied", "original_15", "original_16_mistral", "original_onevision")
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k not in RARE else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_64_tokens_of_hugging_face(every_engine: Callable, oracle: Callable, kind: str) -> None:
     """The first and a second question over caches, of every family."""
     case = ask(kind, CASES["two" if kind in WITHOUT_VIDEO else "both"], seed=1)
@@ -332,7 +337,8 @@ def test_two_answers_at_a_time_are_told(engine: Engine, clip: zipvl.Inputs) -> N
     assert other.text == asked_alone(engine, clip, turns([FIRST], [])).text
 
 
-@pytest.mark.parametrize("method", ["dense", "zipvl-quant:interval=3", "h2o:heavy=9,recent=9"])
+@pytest.mark.parametrize("method", ["dense", pytest.param("zipvl-quant:interval=3", marks=pytest.mark.slow),
+                         "h2o:heavy=9,recent=9"])  # fmt: skip
 def test_long_talks_find_room(
     engine: Engine, clip: zipvl.Inputs, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -475,7 +475,12 @@ def test_every_method_of_the_side_by_side_exists() -> None:
     assert {kind.__name__ for kind in METHODS.values()} <= names
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+OFTEN = {"tau", "methods", "rivals", "text_rivals", "summary", "turns", "niah", "across"}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS]
+)
 def test_commands_run(
     name: str,
     folder: Path,

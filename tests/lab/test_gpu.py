@@ -89,6 +89,7 @@ def test_table_and_figures(done: Path) -> None:
     assert [*PAPER.values()] == sorted(PAPER.values())
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing(done: Path, capsys: pytest.CaptureFixture) -> None:
     before = read(done)
     assert main([*WORDS, str(done)]) == 0
@@ -107,6 +108,7 @@ def test_no_time(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert read(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row_and_comes_last_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
