@@ -22,6 +22,7 @@ from zipvl.config import read_json
 from zipvl.engine.load import DEMO
 from zipvl.model import layouts, vlm, weights
 from zipvl.testing import check_policy
+from zipvl.vision.family import Family
 
 ROOT = Path(__file__).parent.parent
 CLASS = re.compile(r"^class (\w+)", re.M)
@@ -137,6 +138,12 @@ def test_the_family_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     answer = engine.generate(inputs, method="zipvl", max_new_tokens=4, ignore_eos=True)
     assert len(answer.tokens) == 4
+    with pytest.raises(
+        UsageError, match="Plain has no tower that tells: use a method that chooses"
+    ):
+        engine.generate(inputs, method="hired", max_new_tokens=1)
+    with pytest.raises(TypeError, match=r"abstract.* spread"):
+        type("Half", (type(engine.model.vision),), {"spread": Family.spread})(None, 8)
     (folder / "config.json").write_text(
         json.dumps(raw | kind | {"vision_config": {"image_size": 57, "patch_size": 14}})
     )

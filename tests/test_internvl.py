@@ -21,7 +21,7 @@ from fuzz_damage import retell
 from methods.untrained import NEEDS
 from test_layouts import refused, write
 from test_page import FEW
-from test_parity import CASES, Asked, Case, check, close, picture
+from test_parity import CASES, Asked, Case, check, check_chunks, picture
 from torch import Tensor
 from transformers import InternVLConfig, InternVLVisionConfig
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
@@ -393,16 +393,7 @@ def test_ragged_batch_equals_one_by_one(engine: Callable, method: str) -> None:
 
 
 def test_chunks_change_nothing(folder: Callable) -> None:
-    """Rows of the MLP and crops of the tower a few at a time."""
-    own = zipvl.load(folder("intern35"), device="cpu", dtype="float32")
-    asked = ask(CASES["both"])
-    whole = own.logits(asked.prepare(own))
-    own.chunk = 7
-    inputs = asked.prepare(own)
-    with torch.inference_mode():
-        for medium in inputs.media:
-            medium.features = own.model.vision.encode(medium.crops, medium.geometry, batch=2)
-    close(own.logits(inputs), whole, 1e-5)
+    check_chunks(folder("intern35"), ask(CASES["both"]).prepare)
 
 
 @pytest.mark.parametrize("kind", KINDS)

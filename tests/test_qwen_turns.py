@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from methods.untrained import NEEDS
-from test_parity import close
+from test_parity import check_chunks, close
 from test_qwen_vl import CASES, Asked, Case, Made
 from test_qwen_vl import made as made
 from test_qwen_vl import qwen as qwen
@@ -196,14 +196,7 @@ def test_ragged_batches(qwen: Made, method: str) -> None:
 
 
 def test_chunks_and_batches_of_the_tower(qwen: Made) -> None:
-    engine, asked = zipvl.load(qwen.oracle.folder, device="cpu", dtype="float32"), Asked(MANY)
-    whole = qwen.engine.logits(asked.prepare(qwen.engine))
-    engine.chunk = 7
-    inputs = asked.prepare(engine)
-    with torch.inference_mode():
-        for medium in inputs.media:
-            medium.features = engine.model.vision.encode(medium.crops, medium.geometry, batch=2)
-    close(engine.logits(inputs), whole, 1e-5)
+    check_chunks(qwen.oracle.folder, Asked(MANY).prepare)
 
 
 @pytest.mark.parametrize("method", ["dense", "fixed:ratio=0.4", "hired:ratio=0.4,renumber=True"])

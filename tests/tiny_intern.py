@@ -17,7 +17,7 @@ import tiny
 import tokenizers_tiny
 import torch
 import transformers
-from oracles import Frames, Oracle, Pictures
+from oracles import Frames, HFOracle, Oracle, Pictures
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GotOcr2ImageProcessorPil, InternVLForConditionalGeneration
@@ -99,11 +99,11 @@ def rendered(content: list[dict[str, str]] | str) -> str:
     )
 
 
-class InternOracle(Oracle):
+class InternOracle(HFOracle):
     """A checkpoint as transformers reads it; the prompt holds the template's own markers."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        super().__init__(folder)
+        Oracle.__init__(self, folder)
         self.model = InternVLForConditionalGeneration.from_pretrained(folder).eval().float()
         raw = json.loads((folder / KINDS[kind].file).read_text())
         raw = raw.get("image_processor", raw)
@@ -154,15 +154,3 @@ class InternOracle(Oracle):
 
     def input_ids(self, text: str, images: Pictures = (), video: Frames = None) -> Tensor:
         return self._inputs(text, images, video)["input_ids"][0]
-
-    @torch.no_grad()
-    def logits(self, text: str, images: Pictures = (), video: Frames = None) -> Tensor:
-        return self.model(**self._inputs(text, images, video)).logits[0]
-
-    @torch.no_grad()
-    def greedy(
-        self, text: str, images: Pictures = (), video: Frames = None, count: int = 64
-    ) -> list[int]:
-        inputs = self._inputs(text, images, video)
-        done = self.model.generate(**inputs, do_sample=False, max_new_tokens=count)
-        return done[0, inputs["input_ids"].shape[1] :].tolist()

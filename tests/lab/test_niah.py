@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ def engine() -> Engine:
     return zipvl.load(device="cpu", dtype="float32")
 
 
-def frames_of(item: object, engine: Engine) -> Tensor:
-    return item.video(2 * engine.config.vision.media.size)  # type: ignore[attr-defined]
+def frames_of(item: Any, engine: Engine) -> Tensor:
+    return item.video(2 * engine.config.vision.media.size)
 
 
 def test_a_video_watched_in_scenes_is_the_video(engine: Engine, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
 vision/llava.py has the LLaVAs; each other family is a file of its own (docs/add_a_model.md).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from .video import Clip
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -55,7 +57,7 @@ class Media:
     sha256: str = ""  # of its features, where a session's file stands for them and the pixels
 
 
-class Family(nn.Module):
+class Family(nn.Module, ABC):
     """A tower with all that stands between pixels and the decoder.
 
     F crops, N patches of a crop, C the decoder's width.
@@ -65,26 +67,26 @@ class Family(nn.Module):
     cuts: Any  # equal for two models that cut and count alike
     frames = 32  # of a video, where nobody says how many
 
+    @abstractmethod
     def plan(self, height: int, width: int, alone: bool = True, frames: int = 0) -> Geometry:
         """How a picture of this size is cut, `alone` in its prompt or not, or a video of so many
         frames. Raises MediaError for shapes that the family does not take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cut(self, image: Image.Image, geometry: Geometry) -> np.ndarray:
         """A picture's crops, uint8 [F, h, w, 3]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(self, frame: np.ndarray, geometry: Geometry) -> np.ndarray:
         """A video's frame, uint8 [H, W, 3] -> [h, w, 3]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, crops: Tensor, geometry: Geometry) -> Tensor:
         """Some crops of a medium, uint8 [n, h, w, 3] -> what join() takes of them, [n', N', C]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self, features: Tensor, geometry: Geometry) -> Tensor:
         """The features of all its crops -> its tokens [tokens, C]."""
-        raise NotImplementedError
 
     def place(self, medium: Media) -> Placed:
         """What stands in the prompt where a template puts a medium."""
@@ -95,18 +97,22 @@ class Family(nn.Module):
         they are its tokens' places, as those of text are."""
         return None
 
+    @abstractmethod
     def grid(self, geometry: Geometry) -> tuple[int, int]:
         """Rows and columns of patches of each crop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spread(self, x: Tensor, geometry: Geometry, nowhere: Tensor) -> Tensor:
         """Numbers of patches x [F, N, c] as the medium's tokens have them, [tokens, c]: the mean of
         the patches that make one, `nowhere` [c] of vectors that end a row or a frame."""
-        raise NotImplementedError
 
     def looked(self, crops: Tensor, geometry: Geometry) -> Tensor:
-        """Attention that the patches of some crops receive in the tower, [n, N, 2] float32."""
-        raise NotImplementedError
+        """Attention that the patches of some crops receive in the tower, [n, N, 2] float32. Raises
+        UsageError where a family has none to give."""
+        raise UsageError(
+            f"the method reads what patches receive in the vision tower, and {type(self).__name__} "
+            "has no tower that tells: use a method that chooses in the decoder"
+        )
 
     def unused(self, name: str) -> bool:
         """Whether files may hold this tensor, which the model does without."""
