@@ -204,6 +204,24 @@ def altered(saved: Path, path: Path, tensors: dict | None = None, **changes: obj
     save_file(found, path, {"about": text, "sha256": film.digest(text, found)})
 
 
+def test_sizes_that_nothing_has_are_never_counted(
+    engine: Engine, saved: Path, tmp_path: Path
+) -> None:
+    """Their tokens would fill the memory."""
+    with safe_open(saved, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+    for change in (
+        {"rows": 10**5, "cols": 10**5},
+        {"frames": 10**9},
+        {"height": "9"},
+        {"width": -1},
+    ):
+        media = [m | {"geometry": m["geometry"] | change} for m in about["media"]]
+        altered(saved, tmp_path / "changed.zipvl", media=media)
+        with pytest.raises(ModelError, match="no session that zipvl wrote"):
+            engine.open_session(tmp_path / "changed.zipvl")
+
+
 @pytest.mark.parametrize("changes", [
     {"version": 1}, {"version": None}, {"model": "x"}, {"dtype": "torch.bfloat16"}, {"dtype": 3},
     {"method": None}, {"method": {"name": "dense", "options": {}}}, {"policy": "x"}, {"media": None},

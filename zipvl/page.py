@@ -118,9 +118,8 @@ def panels(inputs: Inputs, family: Family, videos: list[Reading | None]) -> list
         spots = places(medium, family)
         crops = medium.crops.numpy()
         if medium.clip:
-            known = ~np.isnan(
-                spots[:, 0]
-            )  # where two frames share tokens, the first stands for both
+            # where two frames share tokens, the first stands for both
+            known = ~np.isnan(spots[:, 0])
             frames, spots[known, 0] = np.unique(spots[known, 0], return_inverse=True)
             frames, reading = frames.astype(int), next(readings, None)
             shown = np.linspace(0, len(frames) - 1, min(MOST, len(frames)), dtype=int)

@@ -27,11 +27,13 @@ from torch import Tensor
 from ..config import check_file
 from ..errors import ModelError, UsageError, ZipvlError, memory_errors
 from ..model.cache import Cache, restore_as
+from ..model.layouts import CANVAS_CROPS
 from ..model.weights import fingerprint, open_safetensors
 from ..policies import METHODS, load_policy
 from ..policy import Notes, Policy
 from ..vision.family import Geometry, Media
-from ..vision.video import Clip
+from ..vision.source import MAX_SIDE
+from ..vision.video import MAX_FRAMES, Clip
 from .inputs import Inputs, Shown
 from .run import ROOM, Runtime
 from .stats import LayerStats
@@ -288,6 +290,10 @@ def medium(about: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Medi
         clip = Clip(none, tuple(numbers.tolist()), tuple(times.tolist()), **about["clip"])
     crops = torch.from_numpy(none)
     geometry = Geometry(**about["geometry"])
+    sizes = (geometry.height, geometry.width, geometry.rows * geometry.cols, geometry.frames)
+    limits = (MAX_SIDE, MAX_SIDE, CANVAS_CROPS, MAX_FRAMES)
+    if not all(type(n) is int and 0 <= n <= most for n, most in zip(sizes, limits, strict=True)):
+        raise ValueError(f"no medium has {sizes}")  # its tokens will be counted
     return Media(about["kind"], crops, geometry, about["tokens"], clip, sha256=about["sha256"])
 
 

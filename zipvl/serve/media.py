@@ -266,7 +266,7 @@ class Store:
                 with self.path(medium) as path:
                     picture = medium.kind == "image"
                     size = self.picture(path, alone) if picture else self.film(path, ask)
-            except MediaError as e:
+            except (MediaError, UsageError) as e:  # the latter: more frames than any clip has
                 sentence = plainly(str(e), {path: medium.where})
                 raise Refusal(422, sentence, medium.where) from None
             remember(self.sizes, key, size)
