@@ -989,7 +989,7 @@ def test_the_queue_has_an_end(
         first = pool.submit(served.ask, user(text("hello")), max_tokens=1)
         until(lambda: worker.job)
         others = [pool.submit(served.ask, user(text("hello")), max_tokens=1) for _ in range(2)]
-        until(lambda: len(worker.queue) == 2)
+        until(lambda: worker.job and len(worker.queue) == 2)  # all three are in
         assert served.refused(user(text("hello")), 503)["code"] == "queue_full"
         content = json.dumps(body()).encode()  # not even read
         got = served.raw(served.post(content, "Content-Length: 100000000"))
@@ -1159,7 +1159,7 @@ def test_draining(served: Served, gate: threading.Event, monkeypatch: pytest.Mon
     server, worker = served.server, served.server.worker
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(served.ask, user(text("hello")), max_tokens=2) for _ in range(3)]
-        until(lambda: len(worker.queue) == 2)
+        until(lambda: worker.job and len(worker.queue) == 2)  # all three are in
         worker.drain()
         got = served.raw("GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert status(got) == 503
@@ -1170,7 +1170,7 @@ def test_draining(served: Served, gate: threading.Event, monkeypatch: pytest.Mon
         worker.draining = False
         gate.clear()
         asked = [pool.submit(served.refused, user(text("hello")), 503) for _ in range(3)]
-        until(lambda: len(worker.queue) == 2)
+        until(lambda: worker.job and len(worker.queue) == 2)  # all three are in
         worker.drain((503, "the time is over"))
         assert {f.result()["message"] for f in asked} == {"the time is over"}
     worker.draining = False
